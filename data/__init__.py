@@ -1,0 +1,1 @@
+"""One file a data source: calibration, train and validation batches."""

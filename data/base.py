@@ -1,0 +1,141 @@
+"""The noun every data source produces, and the tasks it can be for."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from utils.errors import InputError
+
+Batch = dict[str, Tensor]
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Task(Protocol):
+    """What a model's outputs are for."""
+
+    @property
+    def name(self) -> str:
+        """What the task is called."""
+        ...
+
+    def loss(self, logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        """Mean loss of a batch, a scalar in float32."""
+        ...
+
+    def misfit(self, logits: Tensor) -> str | None:
+        """Say why logits of this shape can't be scored on this task, or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One label out of `classes` per sample: logits (B, C), labels (B,)."""
+
+    classes: int
+    name: str = "classification"
+
+    def loss(self, logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy in nats."""
+        return cross_entropy(logits.float(), batch["labels"], label_smoothing=label_smoothing)
+
+    def correct(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Whether each sample's largest logit is its label, (B,) bool."""
+        return logits.argmax(dim=-1) == batch["labels"]
+
+    def misfit(self, logits: Tensor) -> str | None:
+        """Refuse a head of another width: scoring it would mix two label spaces."""
+        if logits.ndim == 2 and logits.shape[1] == self.classes:
+            return None
+        shape = ", ".join(["B", *map(str, logits.shape[1:])])
+        return f"the model's logits have shape ({shape}), the data has {self.classes} classes"
+
+
+@dataclass(frozen=True)
+class DataBundle:
+    """Everything a run needs of a data set.
+
+    Attributes:
+        name: Short name for folders and reports.
+        domain: `vision`, `language` or `synthetic`; the first folder under storage.
+        task: How outputs are scored.
+        calibration: Batches that scores may look at; never of the validation split.
+        train: Training batches; each iteration is one epoch.
+        validation: Validation batches, always in the same order.
+        example: One sample at the length that costs are stated for.
+        fingerprints: Hash of the content and settings of `train`, `calibration` and
+            `validation`, apart: another calibration sample does not retrain a model.
+    """
+
+    name: str
+    domain: str
+    task: Task
+    calibration: Sequence[Batch]
+    train: Iterable[Batch]
+    validation: Iterable[Batch]
+    example: Batch
+    fingerprints: Mapping[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all three parts."""
+        return fingerprint_of(*(self.fingerprints[part] for part in sorted(self.fingerprints)))
+
+
+class TensorBatches:
+    """Batches over tensors in memory, shuffled and augmented anew each epoch if a seed is given.
+
+    Epoch k of one seed is always the same, whatever else draws random numbers.
+    """
+
+    def __init__(
+        self, tensors: Batch, batch_size: int, shuffle_seed: int | None = None, augment: Augment | None = None
+    ) -> None:
+        self.tensors, self.batch_size = tensors, batch_size
+        self.shuffle_seed, self.augment = shuffle_seed, augment
+        self.generator = torch.Generator().manual_seed(shuffle_seed or 0)
+
+    def __len__(self) -> int:
+        return -(-len(self.tensors["labels"]) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        count = len(self.tensors["labels"])
+        shuffled = self.shuffle_seed is not None
+        order = torch.randperm(count, generator=self.generator) if shuffled else torch.arange(count)
+        for rows in order.split(self.batch_size):
+            batch = {name: tensor[rows] for name, tensor in self.tensors.items()}
+            if self.augment is not None:
+                batch["inputs"] = self.augment(batch["inputs"], self.generator)
+            yield batch
+
+
+def calibration_batches(tensors: Batch, batches: int, batch_size: int, seed: int) -> list[Batch]:
+    """Draw `batches` batches without repeats, the same for the same seed.
+
+    Raises:
+        InputError: If that asks for no sample or for more than there are.
+    """
+    count, wanted = len(tensors["labels"]), batches * batch_size
+    if not 0 < wanted <= count:
+        raise InputError(
+            f"data.calibration_batches={batches}, data.calibration_batch_size={batch_size}: "
+            f"{wanted} samples; must be between 1 and the {count} training samples"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted]
+    return [{name: tensor[rows] for name, tensor in tensors.items()} for rows in order.split(batch_size)]
+
+
+def fingerprint_of(*parts: Tensor | int | str) -> str:
+    """Hash tensors by content, shape and dtype, and plain values by their text."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.contiguous().view(torch.uint8).numpy().data)
+        else:
+            digest.update(f"|{part}".encode())
+    return digest.hexdigest()

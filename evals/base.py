@@ -1,0 +1,75 @@
+"""What a metric is given and what it returns."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from data.base import DataBundle
+from models.base import Batch, PrunableModel
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A number with its unit; a value that could not be measured is None with a reason, never 0.
+
+    Attributes:
+        value: The figure, or None.
+        unit: Its unit.
+        reason: Why there is no value.
+        details: Further figures that belong to it, by name.
+    """
+
+    value: float | int | None
+    unit: str
+    reason: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `reason` only where there is no value."""
+        why = {"reason": self.reason} if self.value is None else {}
+        return {"value": self.value, "unit": self.unit, **why, **self.details}
+
+
+class Subject:
+    """One model to measure, with its data; what several metrics need is computed once."""
+
+    def __init__(self, model: PrunableModel, data: DataBundle) -> None:
+        self.model, self.data = model, data
+
+    @cached_property
+    def predictions(self) -> list[tuple[Tensor, Batch]]:
+        """Logits of every validation batch, on the CPU, with the batch."""
+        with torch.inference_mode():
+            return [(self.model.logits(self.model.place(batch)).float().cpu(), batch) for batch in self.data.validation]
+
+    def batch_of(self, size: int) -> Batch:
+        """`size` validation samples on the model's device, repeated if there are fewer.
+
+        The same samples for every model of a comparison.
+        """
+        taken: list[Batch] = []
+        for batch in self._endless():
+            taken.append(batch)
+            if sum(len(next(iter(b.values()))) for b in taken) >= size:
+                break
+        joined = {name: torch.cat([batch[name] for batch in taken])[:size] for name in taken[0]}
+        return self.model.place(joined)
+
+    def _endless(self) -> Iterator[Batch]:
+        while True:
+            yield from self.data.validation
+
+
+Measurements = dict[str, Measurement]
+
+
+class Metric(Protocol):
+    """Measures all models of a comparison in the same way, so that they can be interleaved."""
+
+    def measure(self, subjects: Sequence[Subject]) -> list[Measurements]:
+        """Return, for each subject, one or more measurements by name."""
+        ...

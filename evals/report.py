@@ -1,0 +1,156 @@
+"""The record of a run, and the files it leaves: result.json and report.md."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from data.base import DataBundle
+from evals.base import Measurements
+from evals.table import markdown_table
+from models.base import PrunableModel
+from prune.base import Plan
+from prune.ranking import Ranking
+from utils.storage import write_atomically
+
+PHASES = ("load", "train", "rank", "search", "cut", "recover", "evaluate", "total")
+
+
+@dataclass
+class Record:
+    """Everything a run found; filled as the run goes on and written whatever happens."""
+
+    name: str
+    config: dict[str, Any]
+    seed: int
+    versions: dict[str, Any]
+    device: dict[str, Any]
+    command: str = "python main.py"
+    status: str = "failed"
+    error: str | None = None
+    fingerprints: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(("model", "data", "scores")))
+    dense: Measurements = field(default_factory=dict)
+    pruned: Measurements = field(default_factory=dict)
+    plan: Plan | None = None
+    cache: dict[str, Any] = field(default_factory=lambda: {"hit": False, "path": None})
+    history: list[dict[str, float]] = field(default_factory=list)
+    plots: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    @classmethod
+    def begin(cls, cfg: DictConfig, versions: dict[str, Any], device: dict[str, Any], command: str) -> "Record":
+        """Start the record of a run, resolved configuration included."""
+        config = OmegaConf.to_container(cfg, resolve=True)
+        return cls(cfg.name, config, cfg.seed, versions, device, command)  # type: ignore[arg-type]
+
+    def note(self, model: PrunableModel, data: DataBundle, ranking: Ranking) -> None:
+        """Take in what the scores were made from, and where they lie."""
+        self.fingerprints = {"model": model.fingerprint(), "data": data.fingerprint, "scores": ranking.fingerprint}
+        self.cache = {"hit": ranking.hit, "path": str(ranking.path) if ranking.path else None}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's wall time to one of the record's phases."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    @contextmanager
+    def kept_in(self, out: Path) -> Iterator[None]:
+        """Write result.json and report.md after the block, also when it fails."""
+        try:
+            with self.phase("total"):
+                yield
+            self.status = "ok"
+        except BaseException as error:
+            self.error = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            write_atomically(out / "result.json", json.dumps(self.to_json(), indent=1).encode())
+            write_atomically(out / "report.md", self.to_markdown().encode())
+
+    def add(self, found: Sequence[Measurements]) -> None:
+        """Take in one metric's measurements of the dense and the pruned model (or of one for both)."""
+        self.dense |= found[0]
+        self.pruned |= found[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of result.json."""
+        return {
+            "name": self.name,
+            "status": self.status,
+            "error": self.error,
+            "command": self.command,
+            "config": self.config,
+            "fingerprints": self.fingerprints,
+            "versions": self.versions,
+            "device": self.device,
+            "seed": self.seed,
+            "dense": {name: found.to_json() for name, found in self.dense.items()},
+            "pruned": {name: found.to_json() for name, found in self.pruned.items()},
+            "plan": self.plan.summary() if self.plan else None,
+            "cache": self.cache,
+            "history": self.history,
+            "seconds": self.seconds,
+            "warnings": self.warnings(),
+        }
+
+    def warnings(self) -> list[str]:
+        """What a reader should know before the numbers."""
+        notes = []
+        if self.status != "ok":
+            notes.append(f"The run failed: {self.error}")
+        if self.plan and self.plan.budget and self.plan.is_identity:
+            notes.append("The plan keeps everything: dense and pruned are the same function.")
+        if "macs" in self.pruned and "latency" not in self.pruned:
+            notes.append("Latency was not measured: fewer MACs are no speed-up by themselves.")
+        gain = self.pruned["latency"].details.get("speedup") if "latency" in self.pruned else None
+        if gain is not None and gain < 1 and self.plan and not self.plan.is_identity:
+            notes.append(f"The pruned model was not faster: {gain:.2f}x the speed of the dense one at this batch.")
+        if (accuracy := self.pruned.get("accuracy")) and accuracy.value is not None:
+            chance, error = accuracy.details["chance"], accuracy.details["standard_error"]
+            if accuracy.value <= chance + 2 * error:
+                notes.append(f"The pruned accuracy is within two standard errors of chance ({chance:.1%}).")
+        return notes
+
+    def to_markdown(self) -> str:
+        """The content of report.md."""
+        parts = [f"# {self.name}", *(f"> **Note.** {note}" for note in self.warnings())]
+        parts += [f"    {self.command}", self._what_was_run()]
+        if self.dense:
+            parts += ["## Dense and pruned", markdown_table(self.dense, self.pruned)]
+        if self.plan and self.plan.groups:
+            parts += ["## What was kept", self._kept_table()]
+        parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in self.plots]
+        spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items() if seconds)
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items() if number)
+        parts += ["## How it ran", f"Seconds: {spent}.", f"Versions: {versions}.", self._provenance()]
+        return "\n\n".join(parts) + "\n"
+
+    def _what_was_run(self) -> str:
+        place = f"{self.device['name']} ({self.device['type']}, {self.device['cpu_threads']} CPU threads)"
+        plan = self.plan
+        if plan is None or plan.budget is None:
+            return f"Nothing was pruned. Seed {self.seed}, on {place}."
+        return (
+            f"{plan.ratio_asked:.1%} of the {plan.budget} were to go, {plan.ratio_reached:.2%} went. "
+            f"Seed {self.seed}, on {place}."
+        )
+
+    def _kept_table(self) -> str:
+        assert self.plan
+        rows = ["| units | layer | kept | of |", "|---|--:|--:|--:|"]
+        rows += [f"| {g.name} | {g.layer} | {len(g.kept)} | {g.count} |" for g in self.plan.groups]
+        return "\n".join(rows)
+
+    def _provenance(self) -> str:
+        found = ", ".join(f"{name} `{(value or 'none')[:16]}`" for name, value in self.fingerprints.items())
+        source = "from the cache" if self.cache["hit"] else "computed in this run"
+        return f"Fingerprints: {found}. Scores: {source}."

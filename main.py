@@ -1,0 +1,88 @@
+"""pare: prune a pretrained transformer for real, and measure it dense and pruned.
+
+python main.py                               # the toy encoder on handwritten digits
+python main.py prune=taylor prune.ratio=0.6  # another method, another ratio
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from utils.cli import command, exit_codes, launch
+from utils.config import build
+
+if TYPE_CHECKING:
+    from evals.report import Record
+
+
+def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record":
+    """Score a model's units, keep the best within a budget, cut the rest away, measure both.
+
+    Args:
+        cfg: The composed configuration.
+        out: Folder for everything the run leaves behind.
+        command: What to type to repeat it.
+    """
+    # torch is imported only now, so that help and mistakes in the configuration answer at once
+    from evals.evaluate import evaluate
+    from evals.plots import draw_plots
+    from evals.report import Record
+    from models.checkpoint import save_model
+    from models.checks import refuse_misfit, refuse_non_finite
+    from models.cost import cost_model
+    from models.pretrained import with_weights
+    from prune.ranking import ranked
+    from utils.environment import describe_device, dtype_of, resolve_device, versions
+    from utils.seed import seed_everything
+    from utils.storage import Store
+
+    out.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, out / "config.yaml", resolve=True)
+    device, store = resolve_device(cfg.device), Store(Path(cfg.storage))
+    record = Record.begin(cfg, versions(), describe_device(device), command)
+    with record.kept_in(out):
+        with record.phase("load"):
+            seed_everything(cfg.seed)
+            data, model = build(cfg.data), build(cfg.model)
+            model.network.to(device)
+            refuse_misfit(model, data)
+            method, metrics = build(cfg.prune), {name: build(node) for name, node in cfg.evals.items()}
+            costs = cost_model(model, data.example)
+            method.check(costs)
+        with record.phase("train"):
+            model, record.history = with_weights(model, data, store, cfg.seed)
+            model.network.to(dtype_of(cfg.dtype))
+            refuse_non_finite(model)
+        with record.phase("rank"):
+            ranking = ranked(method, model, data, store)
+            record.note(model, data, ranking)
+        with record.phase("search"):
+            record.plan = method.plan(model, ranking.scores, costs)
+            record.plan.save(out / "plan.json")
+        with record.phase("cut"):
+            pruned = method.apply(model, record.plan)
+            if cfg.save:
+                save_model(pruned, out / "model")
+        with record.phase("evaluate"):
+            models = [model] if pruned is model else [model, pruned]
+            for found in evaluate(models, data, metrics):
+                record.add(found)
+        record.plots = draw_plots(record.plan, ranking.scores, record.history, out)
+    return record
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def main(cfg: DictConfig) -> None:
+    """Run one job and print what it found."""
+    from evals.terminal import print_record
+
+    out = Path(HydraConfig.get().runtime.output_dir)
+    with exit_codes():
+        print_record(run(cfg, out, command()), out)
+
+
+if __name__ == "__main__":
+    launch(main, Path(__file__).parent / "configs")

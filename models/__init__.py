@@ -1,0 +1,1 @@
+"""One file an architecture family: how to build it, and where its units live."""

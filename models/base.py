@@ -1,0 +1,199 @@
+"""The nouns of a network that can be pruned: its unit groups, and the model that owns them."""
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from utils.hooks import is_hooked
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Where a group's units lie along one dimension of one parameter or buffer.
+
+    Attributes:
+        tensor: Dotted name in the network.
+        dim: The dimension that is sliced.
+        index: Positions of each unit, (count, positions per unit), int64. Several ranges of
+            one tensor are simply more positions: a head has three in a fused qkv.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """The one linear or convolution that reads a group's units.
+
+    Attributes:
+        module: Dotted name in the network.
+        channel_axis: Axis of its input that holds the units: -1 for a linear, 1 for a convolution.
+        index: Input positions of each unit, (count, width), int64.
+        weight_dim: Dimension of its weight that matches the channel axis.
+    """
+
+    module: str
+    channel_axis: int
+    index: Tensor
+    weight_dim: int = 1
+
+    @property
+    def slices(self) -> Slices:
+        """The part of the consumer's weight that goes when a unit goes."""
+        return Slices(f"{self.module}.weight", self.weight_dim, self.index)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A number that a module keeps about its units: `fixed + per_unit * kept` after a cut."""
+
+    module: str
+    name: str
+    per_unit: int = 1
+    fixed: int = 0
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Equal units that can be removed from one place of a network.
+
+    Attributes:
+        name: Unique name, such as `blocks.3.heads`.
+        kind: What a unit is: `head`, `neuron`, `channel`.
+        layer: Position of its block, from 0.
+        count: Number of units.
+        width: Features per unit at the consumer.
+        producers: Every slice that makes the units, over parameters and buffers.
+        consumer: The module that reads them.
+        after_cut: Attributes to set once units have gone.
+        pairwise_features: Features per unit in token-by-token products: for a head
+            `2 * head width`, once for the attention scores and once for the weighted sum.
+        keys_per_query: Tokens that each token attends to; None means all of them.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    count: int
+    width: int
+    producers: tuple[Slices, ...]
+    consumer: Consumer
+    after_cut: tuple[Attribute, ...] = ()
+    pairwise_features: int = 0
+    keys_per_query: int | None = None
+
+    @property
+    def slices(self) -> tuple[Slices, ...]:
+        """All slices that go when units go, the consumer's included."""
+        return (*self.producers, self.consumer.slices)
+
+
+def unit_index(count: int, width: int, *offsets: int) -> Tensor:
+    """Positions of `count` adjacent units of `width` features.
+
+    Args:
+        count: Number of units.
+        width: Features per unit.
+        offsets: Where each range of units starts; none given means one range at 0.
+
+    Returns:
+        Positions, (count, width * ranges), int64.
+    """
+    first = torch.arange(count * width).view(count, width)
+    return torch.cat([first + offset for offset in offsets or (0,)], dim=1)
+
+
+def rows(network: nn.Module, module: str, index: Tensor) -> tuple[Slices, ...]:
+    """Slices on dim 0 of all that a linear, convolution or norm holds per output feature."""
+    owner = network.get_submodule(module)
+    names = ("weight", "bias", "running_mean", "running_var")
+    held = [name for name in names if getattr(owner, name, None) is not None]
+    return tuple(Slices(f"{module}.{name}", 0, index) for name in held)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model was built: the builder's dotted name and its plain arguments."""
+
+    builder: str
+    arguments: Mapping[str, Any]
+
+
+class PrunableModel(ABC):
+    """A network together with where its units live; one final subclass a family.
+
+    Attributes:
+        network: The module that computes logits.
+        recipe: How to build the dense network again.
+        origin: Per unit group, which units of the dense network are left, (kept,).
+        training: How to obtain weights on first use; None where they came with the model.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe, training: Any = None) -> None:
+        self.network = network.eval()
+        self.recipe = recipe
+        self.training = training
+        self.origin = {group.name: torch.arange(group.count) for group in self.unit_groups()}
+
+    @abstractmethod
+    def unit_groups(self) -> tuple[UnitGroup, ...]:
+        """Describe the units that the network has now."""
+
+    @abstractmethod
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks in execution order."""
+
+    @abstractmethod
+    def feature_points(self) -> tuple[str, ...]:
+        """Names of the modules whose outputs are the model's trajectory."""
+
+    @abstractmethod
+    def logits(self, batch: Batch) -> Tensor:
+        """Run the network on a batch; shape of the result depends on the task."""
+
+    @property
+    def name(self) -> str:
+        """Short name for folders and reports."""
+        return self.recipe.builder.rpartition(".")[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' floating type."""
+        return next(self.network.parameters()).dtype
+
+    def copy(self) -> Self:
+        """Copy the network; refused while hooks are installed, which a copy would carry along."""
+        if is_hooked(self.network):
+            raise RuntimeError("the network carries hooks; leave their context before copying it")
+        twin = copy.copy(self)
+        twin.network = copy.deepcopy(self.network)
+        twin.origin = dict(self.origin)
+        return twin
+
+    def place(self, batch: Batch) -> Batch:
+        """Move a batch to the model's device, floating tensors to its dtype."""
+        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return {k: t.to(self.dtype) if t.is_floating_point() else t for k, t in moved.items()}
+
+    def fingerprint(self) -> str:
+        """Hash of every weight and buffer with its name, and of the recipe's builder."""
+        digest = hashlib.sha256(self.recipe.builder.encode())
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""Saving a model at its own widths and building it again: safetensors and a JSON manifest."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.base import PrunableModel, Recipe
+from models.slicing import keep_units
+from utils.errors import InputError
+
+MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
+FORMAT = 1
+
+M = TypeVar("M", bound=PrunableModel)
+
+
+def save_model(model: PrunableModel, folder: Path) -> Path:
+    """Write weights and manifest to `folder`, completely or not at all.
+
+    The manifest holds the builder, its arguments, and per unit group which units of the
+    dense network are left.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        save_file(tensors_of(model), partial / WEIGHTS)
+        (partial / MANIFEST).write_text(json.dumps(_manifest(model), indent=1))
+        partial.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def tensors_of(model: PrunableModel) -> dict[str, Tensor]:
+    """Every weight and buffer that a checkpoint holds, contiguous and on the CPU."""
+    return {name: t.detach().cpu().contiguous() for name, t in model.network.state_dict().items()}
+
+
+def stored_recipe(checkpoint: str, asked: Recipe) -> Recipe:
+    """The recipe a checkpoint folder was saved with; a bare weights file has none and keeps `asked`."""
+    path = Path(checkpoint)
+    if path.is_file():
+        return asked
+    manifest = _read_manifest(path)
+    if manifest["builder"] != asked.builder:
+        raise InputError(
+            f"model.checkpoint={checkpoint}: was saved from {manifest['builder']}, "
+            f"this model is {asked.builder}; choose the model it came from"
+        )
+    if set(manifest["arguments"]) != set(asked.arguments):
+        odd = sorted(set(manifest["arguments"]) ^ set(asked.arguments))
+        raise InputError(f"model.checkpoint={checkpoint}: arguments of {MANIFEST} do not fit {asked.builder}: {odd}")
+    return Recipe(asked.builder, manifest["arguments"])
+
+
+def load_weights(model: M, checkpoint: str) -> M:
+    """Shrink a freshly built dense model to a checkpoint's widths and load it strictly.
+
+    Raises:
+        InputError: If a file is missing or damaged, or names and shapes differ.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        origin = _origin(_read_manifest(path), checkpoint)
+        counts = {name: torch.arange(len(units)) for name, units in origin.items()}
+        try:
+            keep_units(model.network, model.unit_groups(), counts)
+        except ValueError as error:
+            raise InputError(f"model.checkpoint={checkpoint}: its manifest does not fit: {error}") from error
+        model.origin.update(origin)
+        path = path / WEIGHTS
+    tensors = _read_tensors(path, checkpoint)
+    _refuse_misfit(tensors, model.network.state_dict(), checkpoint)
+    model.network.load_state_dict(tensors)
+    model.network.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))
+    model.training = None
+    return model
+
+
+def _manifest(model: PrunableModel) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "builder": model.recipe.builder,
+        "arguments": dict(model.recipe.arguments),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "units": {name: units.tolist() for name, units in model.origin.items()},
+    }
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"model.checkpoint={folder}: must be a folder with a {MANIFEST}, or a .safetensors file")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = {key: manifest[key] for key in ("format", "builder", "arguments", "units")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"model.checkpoint={folder}: {MANIFEST} is damaged ({error!r})") from error
+    if found["format"] != FORMAT:
+        raise InputError(f"model.checkpoint={folder}: format {found['format']} is not {FORMAT}, the one known here")
+    return found
+
+
+def _origin(manifest: Mapping[str, Any], checkpoint: str) -> dict[str, Tensor]:
+    try:
+        return {name: torch.tensor(units, dtype=torch.int64) for name, units in manifest["units"].items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"model.checkpoint={checkpoint}: units of {MANIFEST} are damaged ({error})") from error
+
+
+def _read_tensors(path: Path, checkpoint: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"model.checkpoint={checkpoint}: {path.name} is missing")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        message = f"model.checkpoint={checkpoint}: {path.name} is damaged or no safetensors file ({error})"
+        raise InputError(message) from error
+
+
+def _refuse_misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], checkpoint: str) -> None:
+    for name in [*wanted, *(n for n in found if n not in wanted)]:
+        there, here = (str(tuple(side[name].shape)) if name in side else "nothing" for side in (found, wanted))
+        if there != here:
+            raise InputError(
+                f"model.checkpoint={checkpoint}: first difference at {name!r}: the file has {there}, the model {here}"
+            )

@@ -1,0 +1,140 @@
+"""MACs and parameters of a model as an exact function of how many units each group keeps.
+
+A weight that several groups slice (a bottleneck's middle convolution) costs the product of
+its kept dimensions, so a cost is a sum of products, not a sum of constants a unit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.base import Batch, PrunableModel, UnitGroup
+from utils.hooks import hooked
+
+Quantity = Literal["macs", "params"]
+Kept = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Length:
+    """Length of one dimension: what always stays plus what each kept unit adds."""
+
+    fixed: int
+    per_unit: tuple[tuple[str, int], ...] = ()
+
+    def at(self, kept: Kept) -> int:
+        """The length when `kept` units per group are left."""
+        return self.fixed + sum(positions * kept[group] for group, positions in self.per_unit)
+
+
+@dataclass(frozen=True)
+class Term:
+    """`coefficient * product of lengths`, once in MACs and once in parameters."""
+
+    macs: int
+    params: int
+    lengths: tuple[Length, ...]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Exact integer costs per sample; pure, so a search may call it freely.
+
+    Attributes:
+        terms: One for each weight, and one for each group's token-by-token products.
+        counts: Units per group in the model as it is.
+        widths: Features per unit of each group.
+    """
+
+    terms: tuple[Term, ...]
+    counts: dict[str, int]
+    widths: dict[str, int]
+
+    def total(self, quantity: Quantity, kept: Kept | None = None) -> int:
+        """MACs per sample or number of parameters with `kept` units per group (default all)."""
+        return _sum(self.terms, quantity, self.counts if kept is None else kept)
+
+    def touching(self, group: str) -> "CostModel":
+        """The part of the cost that depends on one group."""
+        terms = [t for t in self.terms if any(group == g for s in t.lengths for g, _ in s.per_unit)]
+        return CostModel(tuple(terms), self.counts, self.widths)
+
+    def touches_others(self, group: str) -> bool:
+        """Whether any term depends on a group other than this one."""
+        return any(group != g for t in self.terms for s in t.lengths for g, _ in s.per_unit)
+
+
+def _sum(terms: Sequence[Term], quantity: Quantity, kept: Kept) -> int:
+    return sum(getattr(term, quantity) * prod(length.at(kept) for length in term.lengths) for term in terms)
+
+
+def cost_model(model: PrunableModel, example: Batch) -> CostModel:
+    """Derive a model's costs from its weights, its unit groups and one forward pass.
+
+    A linear or convolution costs its weight's size times the positions it runs at; the
+    attention products of a group cost `pairwise_features * queries * keys` a unit
+    (specs: 2 N^2 d for a head of width d at N tokens).
+
+    Args:
+        model: The model to describe; left as it was.
+        example: A batch of one sample, of the shape that costs are meant for.
+    """
+    positions = positions_per_module(model, example)
+    groups = model.unit_groups()
+    terms = [*_weight_terms(model.network, groups, positions)]
+    terms += [_attention_term(g, positions) for g in groups if g.pairwise_features and g.count]
+    counts = {group.name: group.count for group in groups}
+    return CostModel(tuple(terms), counts, {group.name: group.width for group in groups})
+
+
+def positions_per_module(model: PrunableModel, example: Batch) -> dict[str, int]:
+    """How many output positions each linear and convolution computes for one sample."""
+    seen: dict[str, int] = {}
+
+    def counter(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            is_linear = isinstance(module, nn.Linear)
+            count = output.shape[:-1].numel() if is_linear else output[:, :1].numel()
+            seen[name] = seen.get(name, 0) + count
+
+        return hook
+
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    modules = [(n, m) for n, m in model.network.named_modules() if isinstance(m, kinds)]
+    batch_size = len(next(iter(example.values())))
+    with torch.inference_mode(), hooked(after=[(m, counter(n)) for n, m in modules]):
+        model.logits(model.place(example))
+    return {name: count // batch_size for name, count in seen.items()}
+
+
+def _weight_terms(network: nn.Module, groups: Sequence[UnitGroup], positions: Mapping[str, int]) -> list[Term]:
+    sliced: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    for group in groups:
+        for part in group.slices:
+            entry = (group.name, part.index.shape[1])
+            sliced.setdefault((part.tensor, part.dim), []).append(entry)
+    counts = {group.name: group.count for group in groups}
+
+    terms = []
+    for name, tensor in network.named_parameters():
+        lengths = [_length(size, sliced.get((name, dim), []), counts) for dim, size in enumerate(tensor.shape)]
+        module, _, leaf = name.rpartition(".")
+        runs = positions.get(module, 0) if leaf == "weight" else 0
+        terms.append(Term(macs=runs, params=1, lengths=tuple(lengths)))
+    return terms
+
+
+def _length(size: int, per_unit: Sequence[tuple[str, int]], counts: Kept) -> Length:
+    in_groups = sum(positions * counts[group] for group, positions in per_unit)
+    return Length(size - in_groups, tuple(per_unit))
+
+
+def _attention_term(group: UnitGroup, positions: Mapping[str, int]) -> Term:
+    queries = positions.get(group.consumer.module, 0)
+    keys = group.keys_per_query or queries
+    macs = group.pairwise_features * queries * keys
+    return Term(macs=macs, params=0, lengths=(Length(0, ((group.name, 1),)),))

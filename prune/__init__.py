@@ -1,0 +1,1 @@
+"""Scores, plans, search and surgery: the heart. No file here names an architecture."""

@@ -1,0 +1,75 @@
+"""How much has to go and what has to stay, in exact integers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor, gcd
+from typing import Literal
+
+from models.cost import CostModel
+from utils.errors import InputError
+
+Budgeted = Literal["macs", "params", "width"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a ratio refers to, and the floors.
+
+    Attributes:
+        of: `macs`, `params`, or `width` (the units of every group by themselves).
+        ratio: Fraction to remove, in [0, 1).
+        min_keep: Units kept at least in every group.
+        round_to: Kept features per group are a multiple of this, or all of them.
+    """
+
+    of: Budgeted
+    ratio: float
+    min_keep: int = 1
+    round_to: int = 1
+
+    def limit(self, total: int) -> int:
+        """Most of a total that may be left; 0.9 of ten units leaves one, not 0.99999."""
+        return floor((1 - Fraction(str(self.ratio))) * total)
+
+    def sizes(self, count: int, width: int) -> list[int]:
+        """Numbers of units a group may keep, from all of them down to its floor.
+
+        Args:
+            count: Units in the group.
+            width: Features per unit; `round_to` is in features.
+        """
+        step = self.round_to // gcd(self.round_to, width)
+        least = min(self.min_keep, count)
+        aligned = range(count // step * step, -1, -step)
+        return list(dict.fromkeys([count, *(size for size in aligned if size >= least)]))
+
+
+def ratio_of(costs: CostModel, of: Budgeted, kept: Mapping[str, int]) -> float:
+    """Fraction of the budgeted quantity that is gone with `kept` units per group left."""
+    total, left = (
+        (sum(costs.counts.values()), sum(kept.values())) if of == "width" else (costs.total(of), costs.total(of, kept))
+    )
+    return 1 - left / total if total else 0.0
+
+
+def refuse_unreachable(costs: CostModel, budget: Budget) -> None:
+    """Raise an InputError that names the reachable minimum if the budget can't be met."""
+    floors = {name: budget.sizes(count, costs.widths[name])[-1] for name, count in costs.counts.items()}
+    if budget.of != "width":
+        total, least = costs.total(budget.of), costs.total(budget.of, floors)
+        _refuse(budget, f"{budget.of} of the model", total, least)
+        return
+    for name, count in costs.counts.items():
+        _refuse(budget, f"units of {name}", count, floors[name])
+
+
+def _refuse(budget: Budget, what: str, total: int, least: int) -> None:
+    limit = budget.limit(total)
+    if least > limit:
+        largest = floor(10_000 * (1 - least / total)) / 10_000
+        raise InputError(
+            f"prune.ratio={budget.ratio}: would leave {limit:,} of {total:,} {what}, but with "
+            f"prune.min_keep={budget.min_keep} and prune.round_to={budget.round_to} the reachable "
+            f"minimum is {least:,}; prune.ratio must be at most {largest:g}"
+        )

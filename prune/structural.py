@@ -1,0 +1,81 @@
+"""Methods that remove units for real: score them, search a budget, slice the rest away."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from data.base import DataBundle
+from models.base import PrunableModel
+from models.cost import CostModel
+from prune.base import Plan, Scores
+from prune.budget import Budget, Budgeted, ratio_of, refuse_unreachable
+from prune.normalize import Normalization, normalized
+from prune.search import select_units
+from prune.surgery import cut
+from utils.rules import Count, Ratio, Whole, check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structural(ABC):
+    """What all rankers of units share; a ranker adds `rank` and its own settings.
+
+    Attributes:
+        ratio: Fraction of the budget to remove.
+        budget: What the fraction is of: the whole model's `macs` or `params`, or `width`,
+            the same fraction of the units of every group.
+        min_keep: Units kept at least in every group.
+        round_to: Kept features per group are a multiple of this, or all of them.
+        normalize: How scores of different groups are made comparable.
+    """
+
+    ratio: Ratio = 0.4
+    budget: Budgeted = "macs"
+    min_keep: Whole = 1
+    round_to: Count = 1
+    normalize: Normalization = "none"
+
+    ranks: ClassVar[bool] = True
+    search_fields: ClassVar[frozenset[str]] = frozenset({"ratio", "budget", "min_keep", "round_to", "normalize"})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @abstractmethod
+    def rank(self, model: PrunableModel, data: DataBundle) -> Scores:
+        """Score every unit of every group; higher means keep."""
+
+    @property
+    def name(self) -> str:
+        """Short name for files and reports."""
+        return type(self).__name__.lower()
+
+    def ranking_settings(self) -> dict[str, Any]:
+        """All settings but those used at search time."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.search_fields}
+
+    def check(self, costs: CostModel) -> None:
+        """Refuse a ratio that the floors make unreachable, before anything is ranked."""
+        refuse_unreachable(costs, self._budget)
+
+    def combine(self, scores: Scores) -> Mapping[str, Tensor]:
+        """Join a method's raw terms into one score per unit."""
+        return scores.only()
+
+    def plan(self, model: PrunableModel, scores: Scores | None, costs: CostModel) -> Plan:
+        """Keep the units with the highest score per cost."""
+        assert scores is not None
+        comparable = normalized(self.combine(scores), self.normalize)
+        kept = select_units(comparable, costs, self._budget)
+        reached = ratio_of(costs, self.budget, {name: len(index) for name, index in kept.items()})
+        return Plan.of(model, kept, budget=self.budget, ratio_asked=self.ratio, ratio_reached=reached)
+
+    def apply(self, model: PrunableModel, plan: Plan) -> PrunableModel:
+        """Slice away, in a copy, everything that is not kept."""
+        return cut(model, plan)
+
+    @property
+    def _budget(self) -> Budget:
+        return Budget(self.budget, self.ratio, self.min_keep, self.round_to)

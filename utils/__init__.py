@@ -1,0 +1,1 @@
+"""Configuration check, storage, seeding, records of the environment; nothing about pruning."""

@@ -1,0 +1,70 @@
+"""The command line around Hydra: mistakes are found first, and exit codes say what happened.
+
+0 done; 1 a run failed; 2 the configuration or an input is wrong.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from utils.compose import CommandLine, command_line_problems
+from utils.errors import InputError, RunError
+
+WRONG_INPUT, RUN_FAILED = 2, 1
+
+
+def launch(main: Callable[[], None], config_dir: Path) -> None:
+    """Check the whole command line, every job of a sweep included, then hand over to Hydra."""
+    line = parse_command_line(sys.argv[1:], config_dir)
+    if line is not None and (problems := command_line_problems(line)):
+        count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
+        print(f"There is {count} in the configuration, nothing was run:".replace("is 2", "are 2"), file=sys.stderr)
+        for problem in problems:
+            print(f"  - {problem}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
+    main()
+
+
+def parse_command_line(arguments: list[str], config_dir: Path) -> CommandLine | None:
+    """Read what decides the configuration; None where nothing is to be run (`--help`, `--cfg`, …)."""
+    args = get_args_parser().parse_args(arguments)
+    only_shows = (args.help, args.hydra_help, args.cfg, args.info, args.shell_completion, args.experimental_rerun)
+    if any(only_shows):
+        return None
+    return CommandLine(
+        config_dir=config_dir / args.config_path if args.config_path else config_dir,
+        config_name=(args.config_name or "config").removesuffix(".yaml"),
+        overrides=args.overrides,
+        extra_dir=args.config_dir,
+        multirun=args.multirun,
+    )
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn a known error into its message and exit code.
+
+    In a sweep it is raised on instead, since leaving the process would end the other jobs.
+    """
+    try:
+        yield
+    except (InputError, RunError) as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            traceback.print_exc()
+        print(error, file=sys.stderr)
+        sys.exit(WRONG_INPUT if isinstance(error, InputError) else RUN_FAILED)
+
+
+def command() -> str:
+    """The command that repeats the current Hydra job."""
+    overrides = [f"'{o}'" if set(o) & set(" []{}()$*") else o for o in HydraConfig.get().overrides.task]
+    return " ".join(["python main.py", *overrides])

@@ -1,0 +1,179 @@
+"""From a command line to the configurations of its jobs, with every mistake in one list.
+
+Hydra stops at the first override it can't apply. Here the overrides are tried together
+and, only if that fails, one by one, so that a user mends all of them at once.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from utils.check import find_problems, suggest
+
+CANNOT_COMPOSE = (HydraException, OmegaConfBaseException)
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What decides the configuration: where it lies, and the overrides as typed."""
+
+    config_dir: Path
+    config_name: str = "config"
+    overrides: list[str] = field(default_factory=list)
+    extra_dir: str | None = None
+    multirun: bool = False
+
+
+def command_line_problems(line: CommandLine) -> list[str]:
+    """List every mistake of a command line over all of its jobs; an empty list means none."""
+    if line.extra_dir is not None and not Path(line.extra_dir).is_dir():
+        return [f"--config-dir={line.extra_dir}: must be an existing folder"]
+    if not (line.config_dir / f"{line.config_name}.yaml").is_file():
+        return [f"--config-name={line.config_name}: there is no such file in {line.config_dir}"]
+    with initialize_config_dir(str(line.config_dir.absolute()), version_base="1.3"):
+        try:
+            jobs = list(_jobs(line))
+        except CANNOT_COMPOSE as error:
+            return [_first_line(error)]
+        found = [problem for job in jobs for problem in _job_problems(line, job)]
+    return list(dict.fromkeys(found))
+
+
+def _loader() -> ConfigLoader:
+    return GlobalHydra.instance().config_loader()
+
+
+def _jobs(line: CommandLine) -> Iterator[list[str]]:
+    """Split sweeps such as `prune.ratio=0.2,0.4` into one list of overrides a job."""
+    overrides = list(line.overrides)
+    if line.extra_dir is not None:
+        overrides.append(f"hydra.searchpath=[file://{Path(line.extra_dir).absolute()}]")
+    parser = OverridesParser.create(config_loader=_loader())
+    parsed = parser.parse_overrides(overrides)
+    if not line.multirun and not _mode_is_multirun(line, overrides):
+        for override in parsed:
+            if override.is_sweep_override():
+                raise HydraException(f"{override.input_line}: several values need a sweep, with -m")
+        yield overrides
+        return
+    parsed += parser.parse_overrides(_sweeper_params(line, overrides))
+    yield from map(list, itertools.product(*map(_choices, parsed)))
+
+
+def _choices(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [override.input_line or ""]
+    sweep = override.value()
+    ends = (sweep.start, sweep.end) if isinstance(sweep, IntervalSweep) else override.sweep_string_iterator()
+    return [f"{override.get_key_element()}={value}" for value in ends]
+
+
+def _hydra_node(line: CommandLine, overrides: list[str]) -> DictConfig | None:
+    fixed = [o for o in overrides if o.lstrip("+~").startswith("hydra")]
+    fixed += [o for o in overrides if o.startswith("+experiment=") and "," not in o]
+    try:
+        return compose(line.config_name, fixed, return_hydra_config=True).hydra
+    except CANNOT_COMPOSE:
+        return None
+
+
+def _mode_is_multirun(line: CommandLine, overrides: list[str]) -> bool:
+    node = _hydra_node(line, overrides)
+    return node is not None and str(OmegaConf.select(node, "mode")).endswith("MULTIRUN")
+
+
+def _sweeper_params(line: CommandLine, overrides: list[str]) -> list[str]:
+    node = _hydra_node(line, overrides)
+    params = OmegaConf.select(node, "sweeper.params") if node is not None else None
+    return [f"{key}={value}" for key, value in (params or {}).items()]
+
+
+def _job_problems(line: CommandLine, overrides: list[str]) -> list[str]:
+    try:
+        return find_problems(compose(line.config_name, overrides))
+    except CANNOT_COMPOSE as error:
+        problems, good = _guilty(line, overrides)
+        try:
+            return problems + find_problems(compose(line.config_name, good))
+        except CANNOT_COMPOSE:
+            return problems or [_first_line(error)]
+
+
+def _guilty(line: CommandLine, overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Try overrides one by one on top of the good ones; return the problems and the good."""
+    parsed = OverridesParser.create(config_loader=_loader()).parse_overrides(overrides)
+    groups = [o for o in parsed if _is_group(o)]
+    values = [o for o in parsed if not _is_group(o)]
+    problems, good = [], []
+    for override in [*groups, *values]:
+        text = override.input_line or ""
+        try:
+            compose(line.config_name, [*good, text])
+            good.append(text)
+        except CANNOT_COMPOSE as error:
+            problems.append(_explain(line, good, override, error))
+    return problems, good
+
+
+def _is_group(override: Override) -> bool:
+    return _loader().get_group_options(override.key_or_group) != []
+
+
+def _explain(line: CommandLine, good: list[str], override: Override, error: Exception) -> str:
+    text, key = override.input_line, override.key_or_group
+    if _is_group(override):
+        return _explain_group(override, error)
+    cfg = compose(line.config_name, good)
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        parent = OmegaConf.select(cfg, ".".join(parts[:depth])) if depth else cfg
+        if not OmegaConf.is_dict(parent):
+            return f"{text}: {'.'.join(parts[:depth])} is a single value and has no {part!r}"
+        if part not in parent and override.type is not OverrideType.ADD:
+            return f"{text}: {_no_such_key('.'.join(parts[:depth]), part, parent)}"
+    return f"{text}: {_first_line(error)}"
+
+
+def _no_such_key(path: str, part: str, parent: DictConfig) -> str:
+    options = [o for o in _loader().get_group_options(path) if not o.startswith("_")]
+    if path and part in options:
+        return f"{path}={part} is not selected; add it: +{path}={part}"
+    keys = [str(key) for key in parent if not str(key).startswith("_")]
+    owner = path or "the configuration"
+    if not keys:
+        return f"{owner} takes no {part!r}, and no other key"
+    return f"{owner} has no key {part!r}; {suggest(part, keys)}"
+
+
+def _explain_group(override: Override, error: Exception) -> str:
+    group, text = override.key_or_group, override.input_line
+    options = [o for o in _loader().get_group_options(group) if not o.startswith("_")]
+    value = override.value()
+    asked = [str(v) for v in (value if isinstance(value, list) else [value])]
+    unknown = [name for name in asked if not _is_option(group, name)]
+    if override.type is OverrideType.CHANGE and group == "experiment" and not unknown:
+        return f"{text}: an experiment is added with a plus: +{text}"
+    if unknown:
+        return f"{text}: {group} has no option {', '.join(map(repr, unknown))}; {suggest(unknown[0], options)}"
+    return f"{text}: {_first_line(error)}"
+
+
+def _is_option(group: str, name: str) -> bool:
+    return name in _loader().get_group_options(group, ObjectType.CONFIG)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
+    return f"{lines[0]} ({cause})" if cause and cause not in lines[0] else lines[0]

@@ -1,0 +1,58 @@
+"""The typed root of the configuration, and the one place that turns nodes into objects."""
+
+import importlib
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hydra.core.config_store import ConfigStore
+from hydra.utils import instantiate
+from omegaconf import MISSING, DictConfig
+
+from utils.rules import Seed, WritableFolder
+
+
+@dataclass
+class Config:
+    """Typed scalars; components stay `Any`, so that third-party keys are welcome."""
+
+    name: str = MISSING
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+    storage: str = "storage"
+    save: bool = False
+    model: Any = MISSING
+    data: Any = MISSING
+    prune: Any = MISSING
+    evals: Any = field(default_factory=dict)
+
+
+ROOT_RULES: dict[str, Any] = {
+    "name": str,
+    "seed": Seed,
+    "device": Literal["auto", "cpu", "cuda"],
+    "dtype": Literal["float32", "bfloat16"],
+    "storage": WritableFolder,
+    "save": bool,
+}
+
+ConfigStore.instance().store(name="root", node=Config)
+
+
+def build(node: DictConfig | dict, **runtime: Any) -> Any:
+    """Instantiate a `_target_` node; lists and mappings in it arrive as plain Python.
+
+    Args:
+        node: A node with a `_target_`.
+        runtime: Arguments known only at run time; those that the target does not take are
+            left out, so that a target asks for what it needs by naming it.
+    """
+    wanted = inspect.signature(_locate(node["_target_"])).parameters if runtime else {}
+    extra = {name: value for name, value in runtime.items() if name in wanted}
+    return instantiate(node, _convert_="all", **extra)
+
+
+def _locate(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,12 @@
+"""The two errors that end a run with a message instead of a traceback."""
+
+
+class InputError(ValueError):
+    """The configuration or an input is wrong (exit code 2).
+
+    The message names the key or argument, its value and the rule.
+    """
+
+
+class RunError(RuntimeError):
+    """A run failed although its configuration was right (exit code 1)."""

@@ -1,0 +1,33 @@
+"""The one place that registers and removes hooks."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+Hook = tuple[nn.Module, Callable[..., Any]]
+
+
+@contextmanager
+def hooked(before: Iterable[Hook] = (), after: Iterable[Hook] = ()) -> Iterator[None]:
+    """Run a block with hooks in place; every one is removed whatever happens.
+
+    Args:
+        before: Pairs of module and forward pre-hook, `hook(module, args)`.
+        after: Pairs of module and forward hook, `hook(module, args, output)`.
+    """
+    with ExitStack() as stack:
+        for module, hook in before:
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        for module, hook in after:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+def is_hooked(network: nn.Module) -> bool:
+    """Whether any module of the network carries a forward or backward hook."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in network.modules()
+    )

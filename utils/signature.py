@@ -1,0 +1,264 @@
+"""Signatures of `_target_`s read from source files, without importing them.
+
+Importing a model file imports torch, which takes longer than a mistyped key deserves.
+Only annotations that need no heavy module are evaluated; every other one reads `Any`.
+"""
+
+import ast
+import builtins
+import collections
+import functools
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+LIGHT_MODULES = {"typing", "typing_extensions", "collections", "pathlib", "utils"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument: its annotation as a typing object, `Any` where it can't be known."""
+
+    annotation: Any = Any
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of a target; `open_ended` ones (`**kwargs`, unreadable) accept any key."""
+
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    open_ended: bool = False
+
+
+UNREADABLE = Signature(open_ended=True)
+
+
+class TargetError(LookupError):
+    """A `_target_` names nothing."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A parsed source file."""
+
+    name: str
+    body: list[ast.stmt]
+
+
+def read_signature(target: str) -> Signature:
+    """Read the signature of a dotted target.
+
+    Raises:
+        TargetError: If no such module, or nothing of that name in it.
+    """
+    parts = target.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise TargetError(f"{target!r} is no dotted name like package.module.function")
+    for cut in range(len(parts) - 1, 0, -1):
+        spec = find_module(".".join(parts[:cut]))
+        if spec is not None:
+            module = _parse(spec.name, spec.origin)
+            return _lookup(module, parts[cut:], target) if module else UNREADABLE
+    raise TargetError(f"there is no module {'.'.join(parts[:-1])!r}")
+
+
+@functools.lru_cache(maxsize=512)
+def find_module(name: str) -> ModuleSpec | None:
+    """Find a module as an import would, without running its packages' `__init__`."""
+    path: list[str] | None = None
+    spec = None
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        full = ".".join(parts[:depth])
+        finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
+        spec = next((s for find in finders if find and (s := find(full, path))), None)
+        if spec is None or (depth < len(parts) and spec.submodule_search_locations is None):
+            return None
+        path = list(spec.submodule_search_locations or [])
+    return spec
+
+
+@functools.lru_cache(maxsize=512)
+def _parse(name: str, origin: str | None) -> Module | None:
+    if origin is None or not origin.endswith(".py"):
+        return None
+    return Module(name, ast.parse(Path(origin).read_text(encoding="utf-8"), origin).body)
+
+
+def _lookup(module: Module, path: list[str], target: str) -> Signature:
+    found = _find(module, path[0])
+    if found is None:
+        if _may_hide_names(module):
+            return UNREADABLE
+        raise TargetError(f"module {module.name!r} has no {path[0]!r}")
+    owner, node = found
+    for name in path[1:]:
+        inner = [n for n in getattr(node, "body", []) if getattr(n, "name", None) == name]
+        if not inner:
+            raise TargetError(f"{target!r}: {getattr(node, 'name', path[0])!r} has no {name!r}")
+        node = inner[-1]
+        if isinstance(node, ast.FunctionDef):
+            return _function(owner, node, skip=0 if _decorated(node, "staticmethod") else 1)
+    if isinstance(node, ast.FunctionDef):
+        return _function(owner, node, skip=0)
+    return _class(owner, node) if isinstance(node, ast.ClassDef) else UNREADABLE
+
+
+def _find(module: Module, name: str, depth: int = 0) -> tuple[Module, ast.stmt] | None:
+    """Find a class, function or assignment, through `from x import y` where needed."""
+    for node in reversed(list(_statements(module.body))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return module, node
+        if isinstance(node, ast.Assign | ast.AnnAssign) and name in _assigned(node):
+            return module, node
+        if isinstance(node, ast.ImportFrom) and depth < 8:
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    spec = find_module(_absolute(module, node))
+                    source = _parse(spec.name, spec.origin) if spec else None
+                    inner = _find(source, alias.name, depth + 1) if source else None
+                    return inner or (module, node)
+    return None
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Top-level statements, those inside `if` and `try` included."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If | ast.Try):
+            yield from _statements(node.body)
+            yield from _statements(node.orelse)
+
+
+def _absolute(module: Module, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    spec = find_module(module.name)
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    parts = module.name.split(".")
+    base = parts[: len(parts) - node.level + is_package]
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def _assigned(node: ast.Assign | ast.AnnAssign) -> list[str]:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _may_hide_names(module: Module) -> bool:
+    """Whether a star import or a module `__getattr__` may provide further names."""
+    return any(
+        (isinstance(node, ast.ImportFrom) and node.names[0].name == "*")
+        or (isinstance(node, ast.FunctionDef) and node.name == "__getattr__")
+        for node in _statements(module.body)
+    )
+
+
+def _decorated(node: ast.ClassDef | ast.FunctionDef, name: str) -> bool:
+    def label(decorator: ast.expr) -> str:
+        return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator)
+
+    return any(label(d).split(".")[-1] == name for d in node.decorator_list)
+
+
+def _function(module: Module, node: ast.FunctionDef, skip: int) -> Signature:
+    args = node.args
+    positional = [*args.posonlyargs, *args.args]
+    defaults: list[ast.expr | None] = [None] * (len(positional) - len(args.defaults))
+    pairs = [*zip(positional, [*defaults, *args.defaults], strict=True)][skip:]
+    pairs += [*zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+    parameters = {
+        arg.arg: Parameter(_annotation(module, arg.annotation), required=default is None) for arg, default in pairs
+    }
+    return Signature(parameters, open_ended=args.kwarg is not None)
+
+
+def _class(module: Module, node: ast.ClassDef) -> Signature:
+    for inner in node.body:
+        if isinstance(inner, ast.FunctionDef) and inner.name == "__init__":
+            return _function(module, inner, skip=1)
+    parents = [_base(module, base) for base in node.bases]
+    if not _decorated(node, "dataclass"):
+        known = [parent for parent in parents if parent is not None]
+        return next((p for p in known if p.parameters or p.open_ended), Signature())
+    parameters: dict[str, Parameter] = {}
+    open_ended = False
+    for parent in reversed(parents):
+        parameters |= parent.parameters if parent else {}
+        open_ended |= bool(parent and parent.open_ended)
+    parameters |= dict(_dataclass_fields(module, node))
+    return Signature(parameters, open_ended)
+
+
+def _base(module: Module, base: ast.expr) -> Signature | None:
+    """Signature of a base class; None for the bases that add no argument."""
+    name = ast.unparse(base).split("[")[0]
+    if name.split(".")[-1] in ("object", "ABC", "Protocol", "Generic"):
+        return None
+    found = _find(module, name) if name.isidentifier() else None
+    if found is not None:
+        owner, definition = found
+        if isinstance(definition, ast.ClassDef):
+            return _class(owner, definition)
+    return UNREADABLE
+
+
+def _dataclass_fields(module: Module, node: ast.ClassDef) -> Iterator[tuple[str, Parameter]]:
+    for inner in node.body:
+        if not isinstance(inner, ast.AnnAssign) or not isinstance(inner.target, ast.Name):
+            continue
+        if ast.unparse(inner.annotation).split("[")[0].split(".")[-1] == "ClassVar":
+            continue
+        required = inner.value is None
+        if isinstance(inner.value, ast.Call) and ast.unparse(inner.value.func).endswith("field"):
+            given = {keyword.arg: keyword.value for keyword in inner.value.keywords}
+            if isinstance(init := given.get("init"), ast.Constant) and init.value is False:
+                continue
+            required = not given.keys() & {"default", "default_factory"}
+        yield inner.target.id, Parameter(_annotation(module, inner.annotation), required)
+
+
+def _annotation(module: Module, node: ast.expr | None) -> Any:
+    """Evaluate an annotation; whatever needs a heavy or unknown name reads `Any`."""
+    if node is None:
+        return Any
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        node = ast.parse(node.value, mode="eval").body
+    try:
+        code = compile(ast.Expression(node), module.name, "eval")
+        return eval(code, {"__builtins__": {}}, _LightNames(module))
+    except Exception:
+        return Any
+
+
+class _LightNames(collections.UserDict):
+    """Names an annotation may use: builtin types and imports from light modules."""
+
+    def __init__(self, module: Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __missing__(self, name: str) -> Any:
+        for node in _statements(self.module.body):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    if (alias.asname or alias.name) == name:
+                        return self._imported(_absolute(self.module, node), alias.name)
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    if (alias.asname or alias.name) == name and name in LIGHT_MODULES:
+                        return importlib.import_module(name)
+            if isinstance(node, ast.Assign) and name in _assigned(node):
+                return _annotation(self.module, node.value)
+        found = getattr(builtins, name, Any)
+        return found if isinstance(found, type) else Any
+
+    def _imported(self, source: str, name: str) -> Any:
+        if source.split(".")[0] not in LIGHT_MODULES:
+            return Any
+        return getattr(importlib.import_module(source), name, Any)
