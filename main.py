@@ -60,17 +60,17 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
             ranking = ranked(method, model, data, store)
             record.note(model, data, ranking)
         with record.phase("search"):
-            record.plan = method.plan(model, ranking.scores, costs)
-            record.plan.save(out / "plan.json")
+            record.plan = plan = method.plan(model, ranking.scores, costs)
+            plan.save(out / "plan.json")
         with record.phase("cut"):
-            pruned = method.apply(model, record.plan)
+            pruned = method.apply(model, plan)
             if cfg.save:
                 save_model(pruned, out / "model")
         with record.phase("evaluate"):
             models = [model] if pruned is model else [model, pruned]
             for found in evaluate(models, data, metrics):
                 record.add(found)
-        record.plots = draw_plots(record.plan, ranking.scores, record.history, out)
+        record.plots = draw_plots(plan, ranking.scores, record.history, out)
     return record
 
 

@@ -35,6 +35,20 @@ class EmptyConv2d(nn.Module):
         return (length + 2 * padding - reach - 1) // stride + 1
 
 
+class EmptyBatchNorm2d(nn.Module):
+    """A batch norm left without channels; keeps its (empty) tensors under the norm's names."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers():
+            self.register_buffer(name, buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, 0, H, W) as it is."""
+        return x
+
+
 def keep_units(network: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
     """Remove, in place, every unit that is not kept.
 
@@ -109,7 +123,13 @@ def _match_sizes(network: nn.Module, name: str) -> None:
         module.out_channels = module.weight.shape[0]
         module.in_channels = module.weight.shape[1] * module.groups
         if module.out_channels == 0:
-            parent, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(parent), leaf, EmptyConv2d(module))
+            _replace(network, name, EmptyConv2d(module))
     elif isinstance(module, nn.BatchNorm2d):
-        module.num_features = module.weight.shape[0] if module.affine else len(module.running_mean)
+        module.num_features = len(next(t for t in (module.weight, module.running_mean) if t is not None))
+        if module.num_features == 0:
+            _replace(network, name, EmptyBatchNorm2d(module))
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(parent), leaf, module.train(network.training))

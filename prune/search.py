@@ -105,7 +105,8 @@ class _Ladder:
     """
 
     def __init__(self, name: str, scores: Tensor, sizes: list[int], costs: CostModel, quantity: Quantity) -> None:
-        self.name, self.sizes, self.quantity = name, sizes, quantity
+        self.name, self.sizes = name, sizes
+        self.quantity: Quantity = quantity
         self.rung = 0
         self.part = costs.touching(name)
         self.fixed_cost = None if self.part.touches_others(name) else self._measure(costs.counts)

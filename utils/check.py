@@ -36,7 +36,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     meant = f"did you mean {close[0]!r}? " if close else ""
-    return f"{meant}It takes: {', '.join(names)}" if names else "It takes nothing"
+    return f"{meant}there is: {', '.join(names)}" if names else "there is none"
 
 
 def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:

@@ -24,8 +24,8 @@ def launch(main: Callable[[], None], config_dir: Path) -> None:
     """Check the whole command line, every job of a sweep included, then hand over to Hydra."""
     line = parse_command_line(sys.argv[1:], config_dir)
     if line is not None and (problems := command_line_problems(line)):
-        count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
-        print(f"There is {count} in the configuration, nothing was run:".replace("is 2", "are 2"), file=sys.stderr)
+        count = "are mistakes" if len(problems) > 1 else "is a mistake"
+        print(f"There {count} in the configuration, nothing was run:", file=sys.stderr)
         for problem in problems:
             print(f"  - {problem}", file=sys.stderr)
         sys.exit(WRONG_INPUT)

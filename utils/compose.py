@@ -20,6 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.check import find_problems, suggest
+from utils.config import ROOT_RULES
+from utils.rules import broken_rule
 
 CANNOT_COMPOSE = (HydraException, OmegaConfBaseException)
 
@@ -134,25 +136,28 @@ def _explain(line: CommandLine, good: list[str], override: Override, error: Exce
     text, key = override.input_line, override.key_or_group
     if _is_group(override):
         return _explain_group(override, error)
-    cfg = compose(line.config_name, good)
+    if key in ROOT_RULES and (broken := broken_rule(override.value(), ROOT_RULES[key])):
+        return f"{text}: {broken}"
+    cfg = compose(line.config_name, good, return_hydra_config=True)
     parts = key.split(".")
     for depth, part in enumerate(parts):
         parent = OmegaConf.select(cfg, ".".join(parts[:depth])) if depth else cfg
         if not OmegaConf.is_dict(parent):
             return f"{text}: {'.'.join(parts[:depth])} is a single value and has no {part!r}"
         if part not in parent and override.type is not OverrideType.ADD:
-            return f"{text}: {_no_such_key('.'.join(parts[:depth]), part, parent)}"
+            choice = cfg.hydra.runtime.choices.get(".".join(parts[:depth]))
+            return f"{text}: {_no_such_key('.'.join(parts[:depth]), part, parent, choice)}"
     return f"{text}: {_first_line(error)}"
 
 
-def _no_such_key(path: str, part: str, parent: DictConfig) -> str:
+def _no_such_key(path: str, part: str, parent: DictConfig, choice: str | None) -> str:
     options = [o for o in _loader().get_group_options(path) if not o.startswith("_")]
     if path and part in options:
-        return f"{path}={part} is not selected; add it: +{path}={part}"
-    keys = [str(key) for key in parent if not str(key).startswith("_")]
-    owner = path or "the configuration"
+        return f"{part} is not among the selected {path}; add it with +{path}={part}"
+    keys = [str(key) for key in parent if not str(key).startswith("_") and key != "hydra"]
+    owner = f"{path}={choice}" if isinstance(choice, str) else path or "the configuration"
     if not keys:
-        return f"{owner} takes no {part!r}, and no other key"
+        return f"{owner} takes no {part!r} and no other key"
     return f"{owner} has no key {part!r}; {suggest(part, keys)}"
 
 
@@ -162,7 +167,7 @@ def _explain_group(override: Override, error: Exception) -> str:
     value = override.value()
     asked = [str(v) for v in (value if isinstance(value, list) else [value])]
     unknown = [name for name in asked if not _is_option(group, name)]
-    if override.type is OverrideType.CHANGE and group == "experiment" and not unknown:
+    if group == "experiment" and override.type is OverrideType.CHANGE and not unknown:
         return f"{text}: an experiment is added with a plus: +{text}"
     if unknown:
         return f"{text}: {group} has no option {', '.join(map(repr, unknown))}; {suggest(unknown[0], options)}"

@@ -16,7 +16,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-LIGHT_MODULES = {"typing", "typing_extensions", "collections", "pathlib", "utils"}
+# imported to evaluate annotations; names from any other module are followed in its source
+LIGHT_MODULES = {"typing", "typing_extensions", "collections", "collections.abc", "pathlib", "utils.rules"}
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,11 @@ class _LightNames(collections.UserDict):
         return found if isinstance(found, type) else Any
 
     def _imported(self, source: str, name: str) -> Any:
-        if source.split(".")[0] not in LIGHT_MODULES:
+        if source in LIGHT_MODULES:
+            return getattr(importlib.import_module(source), name, Any)
+        spec = find_module(source)
+        module = _parse(spec.name, spec.origin) if spec else None
+        found = _find(module, name) if module else None
+        if found is None or not isinstance(found[1], ast.Assign):
             return Any
-        return getattr(importlib.import_module(source), name, Any)
+        return _annotation(found[0], found[1].value)

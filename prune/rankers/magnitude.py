@@ -36,7 +36,7 @@ def unit_weights(network: nn.Module, group: UnitGroup) -> list[Tensor]:
     found = []
     for part in group.slices:
         if part.tensor in parameters:
-            tensor = parameters[part.tensor].detach().movedim(part.dim, 0).flatten(1)  # (length, rest)
+            tensor = parameters[part.tensor].detach().movedim(part.dim, 0)  # (length, *rest)
             found.append(tensor[part.index.to(tensor.device)].flatten(1))  # (count, positions * rest)
     return found
 
