@@ -10,9 +10,10 @@ from models.base import UnitGroup
 
 
 class EmptyConv2d(nn.Module):
-    """A convolution left without output channels, which torch's own can't run.
+    """A convolution left without input or output channels: it yields its bias, or nothing.
 
-    Keeps (empty) weight and bias under the convolution's names, so that checkpoints fit.
+    torch's own raises without output channels, and without input channels returns none
+    either. Keeps (empty) weight and bias under the convolution's names, for checkpoints.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -22,9 +23,10 @@ class EmptyConv2d(nn.Module):
         self.padding = conv.padding
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, 0, H', W') with the H' and W' of the convolution."""
+        """Map (B, C, H, W) to (B, C', H', W') with the sizes of the convolution; C or C' is 0."""
         size = [self._length(axis, length) for axis, length in enumerate(x.shape[2:])]
-        return x.new_zeros(x.shape[0], 0, *size)
+        out = x.new_zeros(len(x), len(self.weight), *size)
+        return out if self.bias is None else out + self.bias[:, None, None]
 
     def _length(self, axis: int, length: int) -> int:
         kernel, stride, dilation = (int(setting[axis]) for setting in self.window)
@@ -122,7 +124,7 @@ def _match_sizes(network: nn.Module, name: str) -> None:
     elif isinstance(module, nn.Conv2d):
         module.out_channels = module.weight.shape[0]
         module.in_channels = module.weight.shape[1] * module.groups
-        if module.out_channels == 0:
+        if 0 in module.weight.shape[:2]:
             _replace(network, name, EmptyConv2d(module))
     elif isinstance(module, nn.BatchNorm2d):
         module.num_features = len(next(t for t in (module.weight, module.running_mean) if t is not None))

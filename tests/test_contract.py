@@ -25,7 +25,7 @@ RANKERS = [Fisher(), Taylor(), Taylor(variant="signed"), Taylor(variant="abs"), 
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=ADAPTERS.values(), ids=ADAPTERS.keys())
+@pytest.fixture(params=ADAPTERS.values(), ids=list(ADAPTERS))
 def adapter(request: pytest.FixtureRequest) -> Iterator[tuple[PrunableModel, Batch]]:
     yield request.param()
 
