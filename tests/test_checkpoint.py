@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_saving_again_replaces_the_folder(saved) -> None:
 def test_a_bare_weights_file_loads_strictly(tmp_path: Path) -> None:
     model, samples = ADAPTERS["toy_images"]()
     save_file(dict(model.network.state_dict()), tmp_path / "weights.safetensors")
-    sizes = dict(model.recipe.arguments)
+    sizes: Any = dict(model.recipe.arguments)
     reloaded = toy_encoder(**sizes, checkpoint=str(tmp_path / "weights.safetensors"))
     assert torch.equal(logits(reloaded, samples), logits(model, samples))
     with pytest.raises(

@@ -4,7 +4,9 @@ Nothing heavy is imported here: signatures and types come from source files.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,21 +16,44 @@ from utils.config import ROOT_RULES
 from utils.rules import broken_rule
 from utils.signature import Signature, TargetError, read_signature
 
+UNKNOWN = "<unresolved>"
 RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A mistake and the key where it stands."""
+
+    key: str
+    text: str
 
 
 def find_problems(cfg: DictConfig) -> list[str]:
     """List every mistake of a composed configuration; an empty list means none.
 
     Covers missing values, unknown and missing arguments of every `_target_`, their types
-    and ranges, targets that do not exist, and interpolations that lead nowhere.
+    and ranges, targets that do not exist, and interpolations that lead nowhere. A mistake
+    that other keys inherit by `${...}` is reported once, where it stands.
     """
     plain, problems = _resolved(cfg)
     for key, rule in ROOT_RULES.items():
         value = plain.get(key)
         if value != "???" and (broken := broken_rule(value, rule)):
-            problems.append(f"{key}={_shown(value)}: {broken}")
-    return [*problems, *_node_problems(plain, "")]
+            problems.append(Problem(key, f"{key}={_shown(value)}: {broken}"))
+    problems += _node_problems(plain, "")
+    at_fault = {problem.key for problem in problems}
+    return [p.text for p in problems if _source(cfg, p.key) not in at_fault]
+
+
+def _source(cfg: DictConfig, key: str) -> str | None:
+    """The key that `key` takes its value from, if it is nothing but a reference."""
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else cfg
+    if not OmegaConf.is_dict(node) or leaf not in node:
+        return None
+    raw = OmegaConf.to_container(node, resolve=False)[leaf]  # type: ignore[index, call-overload]
+    found = re.fullmatch(r"\$\{([\w.]+)\}", raw) if isinstance(raw, str) else None
+    return found.group(1) if found else None
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -39,38 +64,30 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"{meant}there is: {', '.join(names)}" if names else "there is none"
 
 
-def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
-    """Convert to plain Python; an interpolation that fails is reported and left out."""
-    problems: list[str] = []
+def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
+    """Convert to plain Python; a value that can't be resolved is reported and left unknown."""
+    problems: list[Problem] = []
+
+    def value_at(node: Any, key: Any, path: str) -> Any:
+        if OmegaConf.is_missing(node, key):
+            return "???"
+        try:
+            return walk(node[key], path)
+        except OmegaConfBaseException as error:
+            problems.append(Problem(path, f"{path}: {str(error).splitlines()[0]}"))
+            return UNKNOWN
 
     def walk(node: Any, path: str) -> Any:
         if OmegaConf.is_list(node):
-            return [walk(item, f"{path}[{i}]") for i, item in enumerate(_items(node, path))]
-        if not OmegaConf.is_dict(node):
-            return node
-        found = {}
-        for key in node:
-            inner = f"{path}.{key}".lstrip(".")
-            if OmegaConf.is_missing(node, key):
-                found[key] = "???"
-                continue
-            try:
-                found[str(key)] = walk(node[key], inner)
-            except OmegaConfBaseException as error:
-                problems.append(f"{inner}: {str(error).splitlines()[0]}")
-        return found
-
-    def _items(node: Any, path: str) -> Iterator[Any]:
-        for i in range(len(node)):
-            try:
-                yield node[i]
-            except OmegaConfBaseException as error:
-                problems.append(f"{path}[{i}]: {str(error).splitlines()[0]}")
+            return [value_at(node, i, f"{path}[{i}]") for i in range(len(node))]
+        if OmegaConf.is_dict(node):
+            return {str(key): value_at(node, key, f"{path}.{key}".lstrip(".")) for key in node}
+        return node
 
     return walk(cfg, ""), problems
 
 
-def _node_problems(node: object, path: str) -> Iterator[str]:
+def _node_problems(node: object, path: str) -> Iterator[Problem]:
     if isinstance(node, Mapping):
         if "_target_" in node:
             yield from _target_problems(node, path)
@@ -80,15 +97,15 @@ def _node_problems(node: object, path: str) -> Iterator[str]:
         for position, child in enumerate(node):
             yield from _node_problems(child, f"{path}[{position}]")
     elif node == "???":
-        yield f"{path}: no value given"
+        yield Problem(path, f"{path}: no value given")
 
 
-def _target_problems(node: Mapping[str, Any], path: str) -> Iterator[str]:
+def _target_problems(node: Mapping[str, Any], path: str) -> Iterator[Problem]:
     target = node["_target_"]
     try:
         signature = read_signature(str(target))
     except (TargetError, SyntaxError) as error:
-        yield f"{path}._target_={target}: {error}"
+        yield Problem(f"{path}._target_", f"{path}._target_={target}: {error}")
         return
     given = {key: value for key, value in node.items() if key not in RESERVED}
     for key, value in given.items():
@@ -96,18 +113,18 @@ def _target_problems(node: Mapping[str, Any], path: str) -> Iterator[str]:
     if not node.get("_partial_") and not node.get("_args_"):
         missing = [n for n, p in signature.parameters.items() if p.required and n not in given]
         for name in missing:
-            yield f"{path}.{name}: no value given; {target} needs it"
+            yield Problem(f"{path}.{name}", f"{path}.{name}: no value given; {target} needs it")
 
 
-def _argument_problems(signature: Signature, target: str, path: str, key: str, value: object) -> Iterator[str]:
+def _argument_problems(signature: Signature, target: str, path: str, key: str, value: object) -> Iterator[Problem]:
     parameter = signature.parameters.get(key)
     if parameter is None and not signature.open_ended:
         hint = suggest(key, signature.parameters)
-        yield f"{path}={_shown(value)}: {target} takes no {key!r}; {hint}"
+        yield Problem(path, f"{path}={_shown(value)}: {target} takes no {key!r}; {hint}")
     is_object = isinstance(value, Mapping) and "_target_" in value
-    if parameter is not None and value != "???" and not is_object:
+    if parameter is not None and value not in ("???", UNKNOWN) and not is_object:
         if broken := broken_rule(value, parameter.annotation):
-            yield f"{path}={_shown(value)}: {broken}"
+            yield Problem(path, f"{path}={_shown(value)}: {broken}")
 
 
 def _shown(value: object) -> str:

@@ -103,13 +103,25 @@ def _sweeper_params(line: CommandLine, overrides: list[str]) -> list[str]:
 
 def _job_problems(line: CommandLine, overrides: list[str]) -> list[str]:
     try:
-        return find_problems(compose(line.config_name, overrides))
+        cfg = compose(line.config_name, overrides)
+        return [*_ignored_additions(cfg, overrides), *find_problems(cfg)]
     except CANNOT_COMPOSE as error:
         problems, good = _guilty(line, overrides)
         try:
             return problems + find_problems(compose(line.config_name, good))
         except CANNOT_COMPOSE:
             return problems or [_first_line(error)]
+
+
+def _ignored_additions(cfg: DictConfig, overrides: list[str]) -> Iterator[str]:
+    """Find `+evals=x` beside `evals=[...]`, which Hydra leaves out without a word."""
+    for override in OverridesParser.create(config_loader=_loader()).parse_overrides(overrides):
+        group, name = override.key_or_group, override.value()
+        if override.is_add() and _is_group(override) and group != "experiment" and isinstance(name, str):
+            node = OmegaConf.select(cfg, group)
+            if OmegaConf.is_dict(node) and "_target_" not in node and name not in node:
+                everything = ",".join([*map(str, node), name])
+                yield f"{override.input_line}: has no effect beside {group}=[...]; write {group}=[{everything}]"
 
 
 def _guilty(line: CommandLine, overrides: list[str]) -> tuple[list[str], list[str]]:
@@ -153,7 +165,8 @@ def _explain(line: CommandLine, good: list[str], override: Override, error: Exce
 def _no_such_key(path: str, part: str, parent: DictConfig, choice: str | None) -> str:
     options = [o for o in _loader().get_group_options(path) if not o.startswith("_")]
     if path and part in options:
-        return f"{part} is not among the selected {path}; add it with +{path}={part}"
+        selected = ",".join([*map(str, parent), part])
+        return f"{part} is not among the selected {path}; select it: {path}=[{selected}]"
     keys = [str(key) for key in parent if not str(key).startswith("_") and key != "hydra"]
     owner = f"{path}={choice}" if isinstance(choice, str) else path or "the configuration"
     if not keys:

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig
 
+from utils.errors import InputError, RunError
 from utils.rules import Seed, WritableFolder
 
 
@@ -47,10 +49,18 @@ def build(node: DictConfig | dict, **runtime: Any) -> Any:
         node: A node with a `_target_`.
         runtime: Arguments known only at run time; those that the target does not take are
             left out, so that a target asks for what it needs by naming it.
+
+    Raises:
+        InputError, RunError: As the target raises them, without Hydra's wrapping.
     """
     wanted = inspect.signature(_locate(node["_target_"])).parameters if runtime else {}
     extra = {name: value for name, value in runtime.items() if name in wanted}
-    return instantiate(node, _convert_="all", **extra)
+    try:
+        return instantiate(node, _convert_="all", **extra)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, InputError | RunError):
+            raise error.__cause__ from None
+        raise
 
 
 def _locate(target: str) -> Any:

@@ -1,0 +1,44 @@
+"""Fixtures shared by all tests."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+import utils.config  # noqa: F401  (registers the root of the configuration)
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SMALL = (
+    "model.width=16", "model.depth=2", "model.heads=2", "model.neurons=12", "model.training.epochs=2",
+    "data.calibration_batches=2", "evals.latency.seconds=0.05", "evals.throughput.seconds=0.05",
+)  # fmt: skip
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture(scope="session")
+def shared_storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One storage for the session, so that a small model is trained once."""
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture
+def small_config(shared_storage: Path) -> Compose:
+    """Compose a run that takes a second or two: overrides come on top of small sizes."""
+
+    def composed(*overrides: str) -> DictConfig:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            kept = [s for s in SMALL if not any(_drops(s, o) for o in overrides)]
+            return compose("config", [*kept, f"storage={shared_storage}", *overrides])
+
+    return composed
+
+
+def _drops(setting: str, override: str) -> bool:
+    """Whether an override takes away the node that a setting belongs to."""
+    return override.startswith("evals=") and setting.startswith("evals.")

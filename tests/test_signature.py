@@ -1,0 +1,132 @@
+"""Signatures read from source equal those of the imported objects."""
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from utils.config import build
+from utils.rules import Range, broken_rule
+from utils.signature import TargetError, read_signature
+
+TARGETS = [
+    "models.toy_encoder.toy_encoder",
+    "data.digits.digits",
+    "data.random_tokens.random_tokens",
+    "prune.rankers.fisher.Fisher",
+    "prune.rankers.taylor.Taylor",
+    "prune.rankers.magnitude.Magnitude",
+    "prune.rankers.random.Random",
+    "prune.none.Nothing",
+    "utils.training.Training",
+    "evals.latency.Latency",
+    "evals.macs.Macs",
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_source_and_import_agree(target: str) -> None:
+    module, _, name = target.rpartition(".")
+    real = inspect.signature(getattr(__import__(module, fromlist=[name]), name)).parameters
+    read = read_signature(target)
+    assert {n: p.default is p.empty for n, p in real.items()} == {n: p.required for n, p in read.parameters.items()}
+    assert not read.open_ended
+
+
+def test_types_survive_inheritance_and_imports() -> None:
+    found = read_signature("prune.rankers.magnitude.Magnitude").parameters
+    assert broken_rule(1.0, found["ratio"].annotation) == "must be in [0, 1)"
+    assert found["norm"].annotation == Literal["l1", "l2"]
+    assert found["normalize"].annotation == Literal["none", "mean", "max", "rank", "lamp"]
+
+
+MODULE = """
+import torch
+from functools import partial
+from typing import Optional
+
+class Plain:
+    def __init__(self, a: int, b: "float" = 1.0, *, c: Optional[str] = None, device: torch.device = None): ...
+    @classmethod
+    def make(cls, folder: str): ...
+    @staticmethod
+    def free(x): ...
+
+class Child(Plain): ...
+class Loose:
+    def __init__(self, **kwargs): ...
+class Unknown(torch.nn.Module): ...
+class Bare: ...
+made = partial(Plain, 1)
+if True:
+    def inside(y: list[int]): ...
+"""
+
+
+def test_shapes_of_third_party_code(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "foreign_shapes.py").write_text(MODULE)
+    (tmp_path / "foreign_package").mkdir()
+    (tmp_path / "foreign_package" / "__init__.py").write_text("raise SystemExit('imported')\n")
+    (tmp_path / "foreign_package" / "inner.py").write_text("from foreign_shapes import Plain as Renamed\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def read(name: str) -> dict[str, tuple[Any, bool]]:
+        return {n: (p.annotation, p.required) for n, p in read_signature(name).parameters.items()}
+
+    plain = {"a": (int, True), "b": (float, False), "c": (str | None, False), "device": (Any, False)}
+    for name in ("foreign_shapes.Plain", "foreign_shapes.Child", "foreign_package.inner.Renamed"):
+        assert read(name) == plain
+    assert read("foreign_shapes.Plain.make") == {"folder": (str, True)}
+    assert read("foreign_shapes.Plain.free") == {"x": (Any, True)}
+    assert read("foreign_shapes.inside") == {"y": (list[int], True)}
+    assert read("foreign_shapes.Bare") == {}
+    for name in ("foreign_shapes.Loose", "foreign_shapes.Unknown", "foreign_shapes.made", "math.sqrt"):
+        assert read_signature(name).open_ended
+    assert "foreign_shapes" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "target", ["nowhere.f", "utils.nowhere.f", "utils.rules.Nope", "plain", "a..b", "utils.rules.Range.no"]
+)
+def test_targets_that_name_nothing(target: str) -> None:
+    with pytest.raises(TargetError):
+        read_signature(target)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "fine"),
+    [
+        (1, float, True), (True, float, False), (1, int, True), (1.0, int, False), (True, int, False),
+        ("x", str, True), (1, str, False), (None, int | None, True), ("x", int | None, False),
+        (["a"], list[str], True), ([1], list[str], False), ("ab", list[str], False), ({}, dict[str, int], True),
+        (1, Literal[1, 2], True), (True, Literal[1, 2], False), ("1", Literal[1, 2], False), (object(), Any, True),
+        (float("inf"), float, False),
+    ],
+)  # fmt: skip
+def test_rules_on_plain_values(value: object, annotation: Any, fine: bool) -> None:
+    assert (broken_rule(value, annotation) is None) == fine
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (Range(0, 1, open_high=True), "in [0, 1)"),
+        (Range(0, 1, open_low=True), "in (0, 1]"),
+        (Range(low=0, open_low=True), "above 0"),
+        (Range(low=1), "at least 1"),
+        (Range(high=5), "at most 5"),
+    ],
+)
+def test_ranges_read_well(rule: Range, text: str) -> None:
+    assert str(rule) == text
+
+
+def test_build_gives_plain_python_and_only_what_is_asked_for() -> None:
+    made = build({"_target_": "tests.test_signature.collect", "items": [1, {"a": 2}]}, data="d", unwanted=1)
+    assert made == ([1, {"a": 2}], "d") and type(made[0]) is list
+
+
+def collect(items: list, data: str) -> tuple[list, str]:
+    return items, data
