@@ -1,7 +1,7 @@
 """Timing several models against each other: warm-up, ABBA order, raw samples kept.
 
 One block runs A, B, B, A, so that a linear drift of clocks or of a shared machine's load
-cancels in the ratio of the block (specs: measurement, section 3).
+cancels in the ratio of the block.
 """
 
 import statistics

@@ -76,8 +76,7 @@ def cost_model(model: PrunableModel, example: Batch) -> CostModel:
     """Derive a model's costs from its weights, its unit groups and one forward pass.
 
     A linear or convolution costs its weight's size times the positions it runs at; the
-    attention products of a group cost `pairwise_features * queries * keys` a unit
-    (specs: 2 N^2 d for a head of width d at N tokens).
+    attention products of a group cost `pairwise_features * queries * keys` a unit.
 
     Args:
         model: The model to describe; left as it was.

@@ -21,12 +21,14 @@ class Budget:
         ratio: Fraction to remove, in [0, 1).
         min_keep: Units kept at least in every group.
         round_to: Kept features per group are a multiple of this, or all of them.
+        per_cost: Whether units compete by score per cost, or by score alone.
     """
 
     of: Budgeted
     ratio: float
     min_keep: int = 1
     round_to: int = 1
+    per_cost: bool = True
 
     def limit(self, total: int) -> int:
         """Most of a total that may be left; 0.9 of ten units leaves one, not 0.99999."""

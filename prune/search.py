@@ -2,8 +2,8 @@
 
 Costs are integers from the model's cost model, so a budget is met or not without rounding.
 Within a group the units with the lowest scores go first, of equal ones the later. Between
-groups the one whose next units have the lowest score per cost goes first; of equal ones the
-group that has lost the smaller part so far, then the earlier.
+groups the one whose next units have the lowest score per cost (or score) goes first; of equal
+ones the group that has lost the smaller part so far, then the earlier.
 """
 
 import heapq
@@ -64,7 +64,7 @@ class _Greedy:
         self.spent = costs.total(quantity)
         self.kept: Counts = dict(costs.counts)
         self.ladders = {
-            name: _Ladder(name, scores[name], budget.sizes(count, costs.widths[name]), costs, quantity)
+            name: _Ladder(name, scores[name], budget.sizes(count, costs.widths[name]), costs, quantity, budget.per_cost)
             for name, count in costs.counts.items()
         }
 
@@ -104,13 +104,15 @@ class _Ladder:
     score per cost of the units that go, then the part of the group that is gone before.
     """
 
-    def __init__(self, name: str, scores: Tensor, sizes: list[int], costs: CostModel, quantity: Quantity) -> None:
+    def __init__(
+        self, name: str, scores: Tensor, sizes: list[int], costs: CostModel, quantity: Quantity, per_cost: bool
+    ) -> None:
         self.name, self.sizes = name, sizes
         self.quantity: Quantity = quantity
         self.rung = 0
         self.part = costs.touching(name)
         self.fixed_cost = None if self.part.touches_others(name) else self._measure(costs.counts)
-        cost = max(1, self._measure(costs.counts))
+        cost = max(1, self._measure(costs.counts)) if per_cost else 1
         best_first = scores.double().sort(descending=True).values
         self.keys = [
             (float(best_first[less:size].mean()) / cost, 1 - size / sizes[0]) for size, less in pairwise(sizes)

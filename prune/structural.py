@@ -29,6 +29,7 @@ class Structural(ABC):
         min_keep: Units kept at least in every group.
         round_to: Kept features per group are a multiple of this, or all of them.
         normalize: How scores of different groups are made comparable.
+        per_cost: Whether units compete by score per cost, or by score alone.
     """
 
     ratio: Ratio = 0.4
@@ -36,9 +37,12 @@ class Structural(ABC):
     min_keep: Whole = 1
     round_to: Count = 1
     normalize: Normalization = "none"
+    per_cost: bool = True
 
     ranks: ClassVar[bool] = True
-    search_fields: ClassVar[frozenset[str]] = frozenset({"ratio", "budget", "min_keep", "round_to", "normalize"})
+    search_fields: ClassVar[frozenset[str]] = frozenset(
+        {"ratio", "budget", "min_keep", "round_to", "normalize", "per_cost"}
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -78,4 +82,4 @@ class Structural(ABC):
 
     @property
     def _budget(self) -> Budget:
-        return Budget(self.budget, self.ratio, self.min_keep, self.round_to)
+        return Budget(self.budget, self.ratio, self.min_keep, self.round_to, self.per_cost)

@@ -69,6 +69,16 @@ def test_score_per_cost_decides_between_groups() -> None:
     assert kept["cheap"].tolist() == [0, 1, 2] and kept["dear"].tolist() == [1, 2]
 
 
+def test_score_alone_decides_without_per_cost() -> None:
+    costs = costs_of(cheap=(3, 1), dear=(3, 100))
+    scores = {"cheap": torch.tensor([0.5, 0.6, 0.7]), "dear": torch.tensor([0.1, 2.0, 3.0])}
+    kept = select_units(scores, costs, Budget("macs", 0.2, min_keep=0, per_cost=False))
+    assert kept["cheap"].tolist() == [0, 1, 2] and kept["dear"].tolist() == [1, 2]
+    scores["dear"] += 1
+    kept = select_units(scores, costs, Budget("macs", 0.005, min_keep=0, per_cost=False))
+    assert len(kept["cheap"]) < 3 and len(kept["dear"]) == 3
+
+
 def test_a_removed_unit_comes_back_if_it_still_fits() -> None:
     costs = costs_of(cheap=(4, 1), dear=(1, 100))
     scores = {"cheap": torch.full((4,), 0.001), "dear": torch.tensor([0.5])}
