@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from data.base import Classification, DataBundle
+from data.base import Classification, DataBundle, TensorBatches
 from models.cost import CostModel, cost_model
 from models.toy_encoder import ToyEncoder, toy_encoder
 from prune.budget import Budget
@@ -54,9 +54,9 @@ def images(batches: int, batch_size: int) -> DataBundle:
         }
         for _ in range(batches)
     ]
-    return DataBundle(
-        "noise", "synthetic", Classification(1000), found, found, found, {"inputs": found[0]["inputs"][:1]}, {}
-    )
+    train = TensorBatches(found[0], batch_size)
+    example = {"inputs": found[0]["inputs"][:1]}
+    return DataBundle("noise", "synthetic", Classification(1000), found, train, found, example, {})
 
 
 def naive_fisher(model: ToyEncoder, data: DataBundle) -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from utils.errors import InputError
+from utils.training import TrainBatches
 
 Batch = dict[str, Tensor]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -25,6 +26,14 @@ class Task(Protocol):
 
     def loss(self, logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """Mean loss of a batch, a scalar in float32."""
+        ...
+
+    def quality(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What training curves show beside the loss: per name one value a sample, (B,)."""
+        ...
+
+    def divergence(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """How far a student's logits are from a teacher's, averaged over samples, a scalar."""
         ...
 
     def misfit(self, logits: Tensor) -> str | None:
@@ -47,6 +56,15 @@ class Classification:
         """Whether each sample's largest logit is its label, (B,) bool."""
         return logits.argmax(dim=-1) == batch["labels"]
 
+    def quality(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Accuracy: 1 for a correct sample, 0 for another."""
+        return {"accuracy": self.correct(logits, batch).float()}
+
+    def divergence(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` (Hinton et al., 2015, arXiv:1503.02531)."""
+        wanted, given = (log_softmax(logits.float() / temperature, dim=-1) for logits in (teacher, student))
+        return temperature**2 * kl_div(given, wanted, log_target=True, reduction="batchmean")
+
     def misfit(self, logits: Tensor) -> str | None:
         """Refuse a head of another width: scoring it would mix two label spaces."""
         if logits.ndim == 2 and logits.shape[1] == self.classes:
@@ -64,7 +82,7 @@ class DataBundle:
         domain: `vision`, `language` or `synthetic`; the first folder under storage.
         task: How outputs are scored.
         calibration: Batches that scores may look at; never of the validation split.
-        train: Training batches; each iteration is one epoch.
+        train: Training batches; each iteration is the epoch that was set.
         validation: Validation batches, always in the same order.
         example: One sample at the length that costs are stated for.
         fingerprints: Hash of the content and settings of `train`, `calibration` and
@@ -75,7 +93,7 @@ class DataBundle:
     domain: str
     task: Task
     calibration: Sequence[Batch]
-    train: Iterable[Batch]
+    train: TrainBatches
     validation: Iterable[Batch]
     example: Batch
     fingerprints: Mapping[str, str]
@@ -89,7 +107,7 @@ class DataBundle:
 class TensorBatches:
     """Batches over tensors in memory, shuffled and augmented anew each epoch if a seed is given.
 
-    Epoch k of one seed is always the same, whatever else draws random numbers.
+    Epoch k of one seed is always the same, whatever was drawn before.
     """
 
     def __init__(
@@ -97,7 +115,11 @@ class TensorBatches:
     ) -> None:
         self.tensors, self.batch_size = tensors, batch_size
         self.shuffle_seed, self.augment = shuffle_seed, augment
-        self.generator = torch.Generator().manual_seed(shuffle_seed or 0)
+        self.epoch = 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields, from 1."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return -(-len(self.tensors["labels"]) // self.batch_size)
@@ -105,11 +127,12 @@ class TensorBatches:
     def __iter__(self) -> Iterator[Batch]:
         count = len(self.tensors["labels"])
         shuffled = self.shuffle_seed is not None
-        order = torch.randperm(count, generator=self.generator) if shuffled else torch.arange(count)
+        generator = torch.Generator().manual_seed(1_000_003 * (self.shuffle_seed or 0) + self.epoch)
+        order = torch.randperm(count, generator=generator) if shuffled else torch.arange(count)
         for rows in order.split(self.batch_size):
             batch = {name: tensor[rows] for name, tensor in self.tensors.items()}
             if self.augment is not None:
-                batch["inputs"] = self.augment(batch["inputs"], self.generator)
+                batch["inputs"] = self.augment(batch["inputs"], generator)
             yield batch
 
 

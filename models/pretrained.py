@@ -2,18 +2,19 @@
 
 import hashlib
 import inspect
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import utils.training
 from data.base import DataBundle
 from models.base import Batch, PrunableModel
-from utils.seed import random_state_restored, seed_everything
-from utils.storage import Artifact, Store, folder_name
-from utils.training import History, Training, fit
+from utils.storage import Artifact, Scratch, Store, folder_name
+from utils.training import History, Trained, Training, fit
 
 
 def with_weights(model: PrunableModel, data: DataBundle, store: Store, seed: int) -> tuple[PrunableModel, History]:
@@ -27,9 +28,9 @@ def with_weights(model: PrunableModel, data: DataBundle, store: Store, seed: int
         return model, []
     settings: Training = model.training
 
-    def compute() -> Artifact:
-        history = train(model, data, settings, seed)
-        return Artifact(model.network.state_dict(), {"history": history})
+    def compute(scratch: Scratch) -> Artifact:
+        trained = train(model, data, settings, seed, task_loss(model, data, settings), f"train {model.name}", scratch)
+        return Artifact(trained.last, {"history": trained.history})
 
     folder = f"{data.domain}/{folder_name(data.name)}/{folder_name(model.name)}"
     found = store.fetch(folder, "checkpoint", _key(model, data, settings, seed), compute)
@@ -37,26 +38,42 @@ def with_weights(model: PrunableModel, data: DataBundle, store: Store, seed: int
     return model, found.artifact.facts["history"]
 
 
-def train(model: PrunableModel, data: DataBundle, settings: Training, seed: int) -> History:
-    """Train a model in place on a bundle's train split; the same for the same seed."""
+def task_loss(model: PrunableModel, data: DataBundle, settings: Training) -> Callable[[Batch], Tensor]:
+    """The task's own loss of a model on a batch."""
 
-    def loss_of(batch: Batch, label_smoothing: float) -> torch.Tensor:
+    def loss(batch: Batch) -> Tensor:
         placed = model.place(batch)
-        return data.task.loss(model.logits(placed), placed, label_smoothing)
+        return data.task.loss(model.logits(placed), placed, settings.label_smoothing)
 
-    @torch.inference_mode()
-    def score() -> dict[str, float]:
-        losses, samples = 0.0, 0
-        for batch in data.validation:
-            placed = model.place(batch)
-            count = len(batch["labels"])
-            losses += float(data.task.loss(model.logits(placed), placed)) * count
-            samples += count
-        return {"validation_loss": losses / samples}
+    return loss
 
-    with random_state_restored():
-        seed_everything(seed)
-        return fit(model.network, loss_of, data.train, settings, score, title=f"train {model.name}")
+
+def train(
+    model: PrunableModel,
+    data: DataBundle,
+    settings: Training,
+    seed: int,
+    loss: Callable[[Batch], Tensor],
+    title: str,
+    scratch: Scratch | None = None,
+) -> Trained:
+    """Train a model in place on a bundle's train split; the same for the same seed."""
+    return fit(model.network, loss, data.train, settings, lambda: validate(model, data), seed, title, scratch)
+
+
+@torch.inference_mode()
+def validate(model: PrunableModel, data: DataBundle) -> dict[str, float]:
+    """Mean loss and the task's own quality on the validation split, as `validation_<name>`."""
+    sums: dict[str, float] = {}
+    samples = 0
+    for batch in data.validation:
+        placed = model.place(batch)
+        logits, count = model.logits(placed), len(next(iter(batch.values())))
+        sums["loss"] = sums.get("loss", 0.0) + float(data.task.loss(logits, placed)) * count
+        for name, values in data.task.quality(logits, placed).items():
+            sums[name] = sums.get(name, 0.0) + float(values.sum())
+        samples += count
+    return {f"validation_{name}": total / samples for name, total in sums.items()}
 
 
 def _key(model: PrunableModel, data: DataBundle, settings: Training, seed: int) -> dict[str, Any]:

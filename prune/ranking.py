@@ -10,7 +10,7 @@ import prune.gates
 from data.base import DataBundle
 from models.base import PrunableModel
 from prune.base import Method, Scores
-from utils.storage import Artifact, Store, folder_name, key_hash
+from utils.storage import Artifact, Scratch, Store, folder_name, key_hash
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def ranked(method: Method, model: PrunableModel, data: DataBundle, store: Store)
         return Ranking()
     key = ranking_key(method, model, data)
 
-    def compute() -> Artifact:
+    def compute(scratch: Scratch) -> Artifact:
         scores = method.rank(model, data)
         assert scores is not None
         return Artifact(scores.to_tensors(), {"method": method.name})

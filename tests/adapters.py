@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from data.base import Classification, DataBundle
+from data.base import Classification, DataBundle, TensorBatches
 from models.base import Batch, PrunableModel
 from models.toy_encoder import toy_encoder
 from tests.modules import CLASSES, TOKENS, WIDTH, conv_model, fused_model, grouped_model, stirred
@@ -53,7 +53,7 @@ def bundle_of(samples: Batch, batches: int = 3) -> DataBundle:
         domain="synthetic",
         task=Classification(CLASSES),
         calibration=parts,
-        train=parts,
+        train=TensorBatches(samples, batch_size=2, shuffle_seed=0),
         validation=parts,
         example={name: tensor[:1] for name, tensor in samples.items()},
         fingerprints={"train": "t", "calibration": "c", "validation": "v"},

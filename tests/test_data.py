@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.base import TensorBatches
 from data.digits import digits, shifted
 from data.random_tokens import random_tokens
 from evals.accuracy import Accuracy
@@ -43,7 +44,11 @@ def test_epochs_are_shuffled_the_same_way_for_the_same_seed() -> None:
     def two_epochs(seed: int) -> list[torch.Tensor]:
         torch.rand(1)  # other random numbers must not matter
         train = digits(seed=seed).train
-        return [torch.cat([batch["labels"] for batch in train]) for _ in range(2)]
+        epochs = []
+        for epoch in (1, 2):
+            train.set_epoch(epoch)
+            epochs.append(torch.cat([batch["labels"] for batch in train]))
+        return epochs
 
     first, again, other = two_epochs(0), two_epochs(0), two_epochs(1)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
@@ -85,9 +90,9 @@ def test_so_it_does_for_other_seeds(tmp_path: Path, seed: int) -> None:
 
 def test_a_loss_that_is_not_finite_stops_training() -> None:
     network = torch.nn.Linear(2, 2)
-    batches = [{"inputs": torch.full((1, 2), float("nan"))}]
+    batches = TensorBatches({"inputs": torch.full((1, 2), float("nan")), "labels": torch.zeros(1)}, 1)
     with pytest.raises(RunError, match="the loss is nan in epoch 1"):
-        fit(network, lambda b, _: network(b["inputs"]).sum(), batches, Training(epochs=1), dict)
+        fit(network, lambda b: network(b["inputs"]).sum(), batches, Training(epochs=1), dict)
 
 
 def test_weight_decay_spares_norms_biases_and_positions() -> None:
@@ -95,8 +100,8 @@ def test_weight_decay_spares_norms_biases_and_positions() -> None:
     model = toy_encoder(classes=10, image_size=8, width=8, heads=2, neurons=4, depth=1)
     before = {name: p.clone() for name, p in model.network.named_parameters()}
     settings = Training(epochs=1, weight_decay=1.0, learning_rate=0.1, warmup=0)
-    zero = {"inputs": torch.zeros(1, 1, 8, 8)}
-    fit(model.network, lambda b, _: model.network(b["inputs"]).sum() * 0, [zero, zero], settings, dict)
+    zeros = TensorBatches({"inputs": torch.zeros(2, 1, 8, 8), "labels": torch.zeros(2)}, 1)
+    fit(model.network, lambda b: model.network(b["inputs"]).sum() * 0, zeros, settings, dict)
     moved = {name for name, p in model.network.named_parameters() if not torch.equal(before[name], p)}
     assert moved == {name for name, p in before.items() if name.endswith("weight") and p.ndim >= 2}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from utils.errors import InputError
-from utils.storage import Artifact, Fetched, Store, folder_name, key_hash, write_atomically
+from utils.storage import Artifact, Fetched, Scratch, Store, folder_name, key_hash, write_atomically
 
 KEY = {"weights": "abc", "batch": 64}
 
@@ -22,7 +22,7 @@ class Counter:
     def __init__(self, value: float = 1.0) -> None:
         self.value, self.runs = value, 0
 
-    def __call__(self) -> Artifact:
+    def __call__(self, scratch: Scratch) -> Artifact:
         self.runs += 1
         return Artifact({"scores": torch.full((3,), self.value)}, {"note": "made"})
 
@@ -75,11 +75,35 @@ def test_a_damaged_file_is_computed_again(tmp_path: Path, suffix: str, damage, c
 def test_a_failing_computation_leaves_what_was_there(tmp_path: Path) -> None:
     fetch(tmp_path, Counter())
     with pytest.raises(ZeroDivisionError):
-        fetch(tmp_path, lambda: 1 / 0, KEY | {"batch": 1})  # type: ignore[arg-type, return-value]
+        fetch(tmp_path, lambda scratch: 1 / 0, KEY | {"batch": 1})  # type: ignore[arg-type, return-value]
     assert fetch(tmp_path, Counter()).hit
     files = {p.suffix for p in (tmp_path / "vision/digits/toy").iterdir() if not p.name.startswith(".")}
     assert files <= {".safetensors", ".json", ".lock"}
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_an_interrupted_computation_goes_on_from_its_scratch(tmp_path: Path) -> None:
+    def interrupted(scratch: Scratch) -> Artifact:
+        scratch.save(Artifact({"half": torch.arange(3)}, {"done": 3}))
+        raise KeyboardInterrupt
+
+    def resumed(scratch: Scratch) -> Artifact:
+        left = scratch.load()
+        assert left is not None and left.facts == {"done": 3}
+        return Artifact({"whole": left.tensors["half"] * 2}, {})
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(tmp_path, interrupted)
+    assert fetch(tmp_path, resumed).artifact.tensors["whole"].tolist() == [0, 2, 4]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_damaged_scratch_is_left_aside(tmp_path: Path, caplog) -> None:
+    scratch = Scratch(tmp_path / "x.partial")
+    assert scratch.load() is None
+    scratch.save(Artifact({"half": torch.arange(3)}, {}))
+    truncate(scratch.path)
+    assert scratch.load() is None and "damaged" in caplog.text
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
@@ -92,7 +116,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -
 
 
 def slow_fetch(root: Path, log: Path) -> None:
-    def compute() -> Artifact:
+    def compute(scratch: Scratch) -> Artifact:
         with log.open("a") as file:
             file.write("ran\n")
         time.sleep(1.0)
@@ -113,7 +137,7 @@ def test_two_processes_compute_once(tmp_path: Path) -> None:
 
 
 def hang(root: Path, log: Path) -> None:
-    def compute() -> Artifact:
+    def compute(scratch: Scratch) -> Artifact:
         log.write_text("locked")
         time.sleep(600)
         raise AssertionError

@@ -28,7 +28,7 @@ class RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Advance]:
+def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Advance]:
     """Show a bar of `total` steps; call the yielded function once a step with a short note."""
     columns = (
         TextColumn("{task.description}"),
@@ -40,7 +40,7 @@ def progress_bar(title: str, total: int) -> Iterator[Advance]:
     )
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total, note="")
+        task = bar.add_task(title, total=total, completed=done, note="")
 
         def advance(note: str = "") -> None:
             bar.update(task, advance=1, note=note)

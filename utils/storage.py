@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load, save
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from utils.errors import InputError
@@ -35,6 +36,33 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class Scratch:
+    """Where a long computation keeps what it has so far, so that a killed one goes on from there.
+
+    One file, replaced as a whole; gone once the computation is complete.
+    """
+
+    path: Path
+
+    def save(self, artifact: Artifact) -> None:
+        """Replace what was kept before."""
+        facts = {"facts": json.dumps(artifact.facts)}
+        write_atomically(self.path, save(_portable(artifact.tensors), metadata=facts))
+
+    def load(self) -> Artifact | None:
+        """Return what an interrupted computation of the same key left, or None."""
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+            return Artifact(load_file(self.path), facts)
+        except Exception as error:
+            log.warning("%s is damaged (%s): starting again", self.path, error)
+            return None
+
+
+@dataclass(frozen=True)
 class Fetched:
     """An artifact, where it lies, and whether it was there already."""
 
@@ -43,20 +71,24 @@ class Fetched:
     hit: bool
 
 
+Compute = Callable[[Scratch], Artifact]
+
+
 @dataclass(frozen=True)
 class Store:
     """The cache below one root folder."""
 
     root: Path
 
-    def fetch(self, folder: str, name: str, key: Mapping[str, Any], compute: Callable[[], Artifact]) -> Fetched:
+    def fetch(self, folder: str, name: str, key: Mapping[str, Any], compute: Compute) -> Fetched:
         """Return the artifact of `key`, computing it once across processes.
 
         Args:
             folder: Readable place below the root, such as `vision/digits/toy_encoder`.
             name: What it is; the file is called `<name>-<hash of key>.safetensors`.
             key: Everything the artifact depends on, as plain JSON values.
-            compute: Makes the artifact when it is not there or damaged.
+            compute: Makes the artifact when it is not there or damaged; it may keep
+                intermediate results in the scratch it is given.
 
         Raises:
             InputError: If the folder can't be written.
@@ -69,9 +101,11 @@ class Store:
         with _locked(path):
             if (found := self._read(path, key)) is not None:  # another process was faster
                 return Fetched(found, path, hit=True)
-            artifact = compute()
+            scratch = Scratch(path.with_suffix(".partial"))
+            artifact = compute(scratch)
             with _writing(path):
                 self._write(path, key, artifact)
+                scratch.path.unlink(missing_ok=True)
         return Fetched(artifact, path, hit=False)
 
     def _read(self, path: Path, key: Mapping[str, Any]) -> Artifact | None:
@@ -92,10 +126,14 @@ class Store:
             return None
 
     def _write(self, path: Path, key: Mapping[str, Any], artifact: Artifact) -> None:
-        content = save({name: tensor.cpu().contiguous() for name, tensor in artifact.tensors.items()})
+        content = save(_portable(artifact.tensors))
         twin = {"key": _plain(key), "sha256": _sha256(content), "facts": artifact.facts}
         write_atomically(path, content)
         write_atomically(path.with_suffix(".json"), json.dumps(twin, indent=1).encode())
+
+
+def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def key_hash(key: Mapping[str, Any]) -> str:
