@@ -49,7 +49,8 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
             data, model = build(cfg.data), build(cfg.model)
             model.network.to(device)
             refuse_misfit(model, data)
-            method, metrics = build(cfg.prune), {name: build(node) for name, node in cfg.evals.items()}
+            method, recovery = build(cfg.prune), build(cfg.recover)
+            metrics = {name: build(node) for name, node in cfg.evals.items()}
             costs = cost_model(model, data.example)
             method.check(costs)
         with record.phase("train"):
@@ -64,13 +65,16 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
             plan.save(out / "plan.json")
         with record.phase("cut"):
             pruned = method.apply(model, plan)
+        with record.phase("recover"):
+            done = recovery.recover(pruned, model, data, store, cfg.seed)
+            pruned, record.recovery = done.model, done
             if cfg.save:
                 save_model(pruned, out / "model")
         with record.phase("evaluate"):
             models = [model] if pruned is model else [model, pruned]
             for found in evaluate(models, data, metrics):
                 record.add(found)
-        record.plots = draw_plots(plan, ranking.scores, record.history, out)
+        record.plots = draw_plots(plan, ranking.scores, record.history, done.history, out)
     return record
 
 

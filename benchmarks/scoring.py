@@ -56,7 +56,7 @@ def images(batches: int, batch_size: int) -> DataBundle:
     ]
     train = TensorBatches(found[0], batch_size)
     example = {"inputs": found[0]["inputs"][:1]}
-    return DataBundle("noise", "synthetic", Classification(1000), found, train, found, example, {})
+    return DataBundle("noise", "synthetic", Classification(1000), found, train, 0, found, example, {})
 
 
 def naive_fisher(model: ToyEncoder, data: DataBundle) -> dict[str, Tensor]:

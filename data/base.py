@@ -83,6 +83,7 @@ class DataBundle:
         task: How outputs are scored.
         calibration: Batches that scores may look at; never of the validation split.
         train: Training batches; each iteration is the epoch that was set.
+        train_samples: Samples in one epoch.
         validation: Validation batches, always in the same order.
         example: One sample at the length that costs are stated for.
         fingerprints: Hash of the content and settings of `train`, `calibration` and
@@ -94,6 +95,7 @@ class DataBundle:
     task: Task
     calibration: Sequence[Batch]
     train: TrainBatches
+    train_samples: int
     validation: Iterable[Batch]
     example: Batch
     fingerprints: Mapping[str, str]

@@ -46,6 +46,7 @@ def digits(
         task=Classification(10),
         calibration=calibration,
         train=TensorBatches(train, batch_size, shuffle_seed=seed, augment=partial(shifted, reach=shift)),
+        train_samples=len(train["labels"]),
         validation=TensorBatches(validation, max(batch_size, 256)),
         example={"inputs": validation["inputs"][:1]},
         fingerprints={

@@ -55,6 +55,7 @@ def random_tokens(
         task=Classification(classes),
         calibration=calibration,
         train=TensorBatches(train, batch_size, shuffle_seed=seed),
+        train_samples=train_samples,
         validation=TensorBatches(validation, batch_size),
         example={"inputs": validation["inputs"][:1]},
         fingerprints={

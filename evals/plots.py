@@ -1,5 +1,6 @@
-"""The pictures of a run: units kept per layer, scores per layer, the training curve."""
+"""The pictures of a run and of a sweep: units kept, scores, learning curves, Pareto."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,11 +14,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prune.base import GroupPlan, Plan, Scores
+from utils.files import write_atomically
 
 KEPT, GONE, LINE = "#2a6f97", "#d9d9d9", "#c1440e"
 
 
-def draw_plots(plan: Plan, scores: Scores | None, history: Sequence[Mapping[str, float]], out: Path) -> list[str]:
+def draw_plots(
+    plan: Plan,
+    scores: Scores | None,
+    history: Sequence[Mapping[str, float]],
+    recovery: Sequence[Mapping[str, float]],
+    out: Path,
+) -> list[str]:
     """Draw what there is to draw into `out/plots`; returns the paths relative to `out`."""
     folder = out / "plots"
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,10 +36,11 @@ def draw_plots(plan: Plan, scores: Scores | None, history: Sequence[Mapping[str,
         for term, groups in scores.terms.items():
             drawn[f"scores_{term}.png"] = scores_per_layer(plan, groups, term)
     if history:
-        drawn["training_curve.png"] = training_curve(history)
+        drawn["training_curve.png"] = learning_curve(history, "training of the dense model")
+    if recovery:
+        drawn["recovery_curve.png"] = learning_curve(recovery, "recovery of the pruned model")
     for name, figure in drawn.items():
-        figure.savefig(folder / name, dpi=130, bbox_inches="tight")
-        plt.close(figure)
+        save_figure(figure, folder / name)
     return [f"plots/{name}" for name in drawn]
 
 
@@ -96,14 +105,47 @@ def scores_per_layer(plan: Plan, scores: Mapping[str, "np.ndarray | object"], te
     return figure
 
 
-def training_curve(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Every recorded quantity that ends in `loss`, against epochs."""
-    figure, (axes,) = _panels(1)
-    epochs = [row["epoch"] for row in history]
-    losses = [name for name in history[0] if name.endswith("loss")]
-    for name, colour in zip(losses, (KEPT, LINE, "#5c8001"), strict=False):
-        axes.plot(epochs, [row[name] for row in history], color=colour, label=name.replace("_", " "))
-    axes.set(title="training", xlabel="epoch", ylabel="loss (nat)")
-    axes.set_yscale("log")
-    axes.legend(frameon=False)
+def learning_curve(history: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """Losses against epochs, and beside them what else was measured on the validation split."""
+    names = [name for name in history[-1] if name not in ("epoch", "learning_rate")]
+    losses = [name for name in names if name.endswith("loss")]
+    others = [name for name in names if name not in losses]
+    figure, panels = _panels(1 + bool(others))
+    for axes, chosen, label in zip(panels, (losses, others), ("loss (nat)", "fraction"), strict=False):
+        for name, colour in zip(chosen, (LINE, KEPT, "#5c8001"), strict=False):
+            points = [(row["epoch"], row[name]) for row in history if name in row]
+            text = f"{name.replace('_', ' ')} (label-smoothed)" if name == "train_loss" else name.replace("_", " ")
+            axes.plot(*zip(*points, strict=True), color=colour, label=text, marker="." if len(points) < 30 else None)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.legend(frameon=False)
+    panels[0].set_yscale("log")
+    figure.suptitle(title)
     return figure
+
+
+def pareto(lines: Mapping[str, Sequence[tuple[float, float]]], dense: Sequence[tuple[float, float]]) -> Figure:
+    """Accuracy against MACs: one line a method, dense models marked.
+
+    Args:
+        lines: Per label the points (MACs, accuracy).
+        dense: The points of the dense models.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
+    axes.plot(*zip(*dense, strict=True), marker="*", markersize=13, linestyle="", color="black", label="dense")
+    largest = max(macs for macs, _ in [*dense, *(p for points in lines.values() for p in points)])
+    scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= s), (1, ""))
+    axes.xaxis.set_major_formatter(lambda macs, _: f"{macs / scale:g}")
+    axes.set(xlabel=f"{unit}MACs per sample", ylabel="accuracy", title="accuracy against MACs")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, completely or not at all, and close it."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=130, bbox_inches="tight", format="png")
+    plt.close(figure)
+    write_atomically(path, content.getvalue())

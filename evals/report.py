@@ -16,7 +16,8 @@ from evals.table import markdown_table
 from models.base import PrunableModel
 from prune.base import Plan
 from prune.ranking import Ranking
-from utils.storage import write_atomically
+from prune.recovery.base import Recovered
+from utils.files import write_atomically
 
 PHASES = ("load", "train", "rank", "search", "cut", "recover", "evaluate", "total")
 
@@ -39,6 +40,8 @@ class Record:
     plan: Plan | None = None
     cache: dict[str, Any] = field(default_factory=lambda: {"hit": False, "path": None})
     history: list[dict[str, float]] = field(default_factory=list)
+    method: str = "none"
+    recovery: Recovered | None = None
     plots: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
@@ -97,7 +100,9 @@ class Record:
             "pruned": {name: found.to_json() for name, found in self.pruned.items()},
             "plan": self.plan.summary() if self.plan else None,
             "cache": self.cache,
+            "method": self.method,
             "history": self.history,
+            "recovery": {**self.recovery.facts, "history": self.recovery.history} if self.recovery else None,
             "seconds": self.seconds,
             "warnings": self.warnings(),
         }
@@ -154,3 +159,11 @@ class Record:
         found = ", ".join(f"{name} `{(value or 'none')[:16]}`" for name, value in self.fingerprints.items())
         source = "from the cache" if self.cache["hit"] else "computed in this run"
         return f"Fingerprints: {found}. Scores: {source}."
+
+
+if __name__ == "__main__":
+    import sys
+
+    from evals.sweep import main
+
+    sys.exit(main(sys.argv[1:]))

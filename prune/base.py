@@ -13,7 +13,7 @@ from data.base import DataBundle
 from models.base import PrunableModel
 from models.cost import CostModel
 from utils.errors import RunError
-from utils.storage import write_atomically
+from utils.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def bundle_of(samples: Batch, batches: int = 3) -> DataBundle:
         task=Classification(CLASSES),
         calibration=parts,
         train=TensorBatches(samples, batch_size=2, shuffle_seed=0),
+        train_samples=len(samples["labels"]),
         validation=parts,
         example={name: tensor[:1] for name, tensor in samples.items()},
         fingerprints={"train": "t", "calibration": "c", "validation": "v"},

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from utils.errors import InputError
-from utils.storage import Artifact, Fetched, Scratch, Store, folder_name, key_hash, write_atomically
+from utils.files import write_atomically
+from utils.storage import Artifact, Fetched, Scratch, Store, folder_name, key_hash
 
 KEY = {"weights": "abc", "batch": 64}
 
@@ -53,6 +54,10 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
 
+def change_a_digit(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"64", b"65").replace(b"made", b"fake"))
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -70,6 +75,15 @@ def test_a_damaged_file_is_computed_again(tmp_path: Path, suffix: str, damage, c
     if path.with_suffix(suffix).exists() and damage is not Path.unlink:
         assert "damaged" in caplog.text
     assert fetch(tmp_path, Counter()).hit
+
+
+def test_an_altered_twin_is_noticed(tmp_path: Path, caplog) -> None:
+    path = fetch(tmp_path, Counter()).path
+    change_a_digit(path.with_suffix(".json"))
+    assert not fetch(tmp_path, Counter()).hit and "damaged" in caplog.text
+    twin = path.with_suffix(".json")
+    twin.write_bytes(twin.read_bytes().replace(b'"made"', b'"fake"'))
+    assert not fetch(tmp_path, Counter()).hit, "facts are covered by the checksum too"
 
 
 def test_a_failing_computation_leaves_what_was_there(tmp_path: Path) -> None:

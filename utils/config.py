@@ -27,6 +27,7 @@ class Config:
     model: Any = MISSING
     data: Any = MISSING
     prune: Any = MISSING
+    recover: Any = MISSING
     evals: Any = field(default_factory=dict)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 Hook = tuple[nn.Module, Callable[..., Any]]
 
@@ -31,3 +31,18 @@ def is_hooked(network: nn.Module) -> bool:
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in network.modules()
     )
+
+
+@contextmanager
+def captured(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of named modules by name; the last call of each wins."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            found[name] = output
+
+        return hook
+
+    with hooked(after=[(network.get_submodule(name), keep(name)) for name in names]):
+        yield found

@@ -7,8 +7,6 @@ holds the checksum of the arrays, so a missing, truncated or altered file is not
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +115,8 @@ class Store:
         try:
             twin = json.loads(twin_path.read_bytes())
             content = path.read_bytes()
-            if twin["sha256"] != _sha256(content):
-                raise ValueError("its checksum differs from the one in its JSON twin")
+            if twin["sha256"] != _checksum(content, twin["key"], twin["facts"]):
+                raise ValueError("arrays and JSON twin do not match their checksum")
             if twin["key"] != _plain(key):
                 raise ValueError("its JSON twin belongs to another key")
             return Artifact(load(content), twin["facts"])
@@ -127,7 +126,8 @@ class Store:
 
     def _write(self, path: Path, key: Mapping[str, Any], artifact: Artifact) -> None:
         content = save(_portable(artifact.tensors))
-        twin = {"key": _plain(key), "sha256": _sha256(content), "facts": artifact.facts}
+        facts = _plain(artifact.facts)
+        twin = {"key": _plain(key), "sha256": _checksum(content, _plain(key), facts), "facts": facts}
         write_atomically(path, content)
         write_atomically(path.with_suffix(".json"), json.dumps(twin, indent=1).encode())
 
@@ -141,21 +141,6 @@ def key_hash(key: Mapping[str, Any]) -> str:
     return _sha256(json.dumps(key, sort_keys=True).encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all."""
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-
-
 def folder_name(name: str) -> str:
     """One path component for a hub name, a path or a plain name."""
     kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-")
@@ -164,6 +149,10 @@ def folder_name(name: str) -> str:
 
 def _plain(key: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(key))
+
+
+def _checksum(content: bytes, key: Any, facts: Any) -> str:
+    return _sha256(content + json.dumps([key, facts], sort_keys=True).encode())
 
 
 def _sha256(content: bytes) -> str:

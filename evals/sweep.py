@@ -1,0 +1,159 @@
+"""A sweep's table, report and Pareto plot, rebuilt at any time from its jobs' own files.
+
+Nothing here needs torch: Hydra builds the callback before a configuration is known to be good.
+"""
+
+import csv
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from utils.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+FIXED = ("job", "status", "error", "method", "ratio_asked", "ratio_reached", "cache_hit", "seconds")
+
+
+class SweepReport(Callback):
+    """Keeps a sweep's files current; Hydra calls it in whichever process ran the job."""
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        """Rebuild after each job, also one that failed."""
+        if str(config.hydra.mode).endswith("MULTIRUN"):
+            rebuild(Path(config.hydra.sweep.dir))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Rebuild once more when all jobs are there, and say where it lies."""
+        rows = rebuild(Path(config.hydra.sweep.dir))
+        log.info("%d jobs; table and plot: %s", len(rows), Path(config.hydra.sweep.dir) / "report.md")
+
+
+def rebuild(sweep: Path) -> list[Row]:
+    """Collect every job of a sweep into results.csv, report.md and pareto.png.
+
+    Args:
+        sweep: Folder with one numbered folder per job.
+
+    Returns:
+        One row a job, in the jobs' order.
+    """
+    jobs = sorted((p for p in sweep.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    rows = [_row(job) for job in jobs]
+    write_atomically(sweep / "results.csv", _csv(rows).encode())
+    drawn = _draw_pareto(rows, sweep / "pareto.png")
+    write_atomically(sweep / "report.md", _markdown(rows, drawn).encode())
+    return rows
+
+
+def _row(job: Path) -> Row:
+    """One job's row; a job without a readable result is there too, and says so."""
+    row: Row = {"job": int(job.name), "status": "unfinished", "error": "it left no result.json"}
+    path = job / "result.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        return row | _overrides(job) | {"error": f"result.json is damaged: {error}"}
+    if found is None:
+        return row | _overrides(job)
+    plan = found["plan"] or {}
+    row |= {"status": found["status"], "error": found["error"] or "", "method": found.get("method", "")}
+    row |= {"ratio_asked": plan.get("ratio_asked"), "ratio_reached": plan.get("ratio_reached")}
+    row |= {"cache_hit": found["cache"]["hit"], "seconds": found["seconds"]["total"]}
+    row |= _overrides(job)
+    for side in ("dense", "pruned"):
+        row |= {f"{side}_{name}": measured["value"] for name, measured in found[side].items()}
+    return row
+
+
+def _overrides(job: Path) -> Row:
+    """What the job was given on the command line, by key."""
+    path = job / ".hydra" / "overrides.yaml"
+    given = OmegaConf.load(path) if path.is_file() else []
+    pairs = (str(override).lstrip("+").partition("=") for override in given)
+    return {key: value for key, _, value in pairs}
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    found = dict.fromkeys(key for row in rows for key in row)
+    return [*(c for c in FIXED if c in found), *(c for c in found if c not in FIXED)]
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _varied(rows: Sequence[Row]) -> list[str]:
+    """The overrides that differ between jobs."""
+    keys = [key for key in _columns(rows) if key not in FIXED and not key.startswith(("dense_", "pruned_"))]
+    return [key for key in keys if len({row.get(key) for row in rows}) > 1]
+
+
+def _markdown(rows: Sequence[Row], pareto: bool) -> str:
+    metrics = [c for c in _columns(rows) if c.startswith("pruned_")]
+    columns = ["job", "status", *_varied(rows), "ratio_reached", *metrics, "seconds"]
+    failed = [row for row in rows if row["status"] != "ok"]
+    lines = [f"# Sweep of {len(rows)} jobs", ""]
+    lines += [f"> **Job {row['job']} {row['status']}.** {_one_line(row['error'])}\n" for row in failed]
+    lines += [f"| {' | '.join(columns)} |", f"|{'|'.join('--:' for _ in columns)}|"]
+    lines += [f"| {' | '.join(_shown(row.get(column)) for column in columns)} |" for row in rows]
+    dense = next((row for row in rows if row["status"] == "ok"), {})
+    values = ", ".join(
+        f"{m.removeprefix('pruned_')} {_shown(dense.get(m.replace('pruned_', 'dense_')))}" for m in metrics
+    )
+    lines += ["", f"Dense: {values}.", ""] if dense else [""]
+    return "\n".join([*lines, "![Pareto](pareto.png)", ""] if pareto else lines)
+
+
+def _one_line(text: object) -> str:
+    return re.sub(r"\s+", " ", str(text)).replace("|", "\\|")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else _one_line(value)
+
+
+def _draw_pareto(rows: Sequence[Row], path: Path) -> bool:
+    """Draw accuracy against MACs, one line for each set of overrides other than the ratio."""
+    points = [r for r in rows if r.get("pruned_accuracy") is not None and r.get("pruned_macs") is not None]
+    if not points:
+        return False
+    from evals.plots import pareto, save_figure
+
+    others = [key for key in _varied(rows) if key != "prune.ratio"]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in points:
+        extra = [f"{key}={row.get(key, '')}" for key in others if key != "prune"]
+        label = " ".join([str(row["method"]), *extra])
+        lines.setdefault(label, []).append((row["pruned_macs"], row["pruned_accuracy"]))
+    dense = sorted({(row["dense_macs"], row["dense_accuracy"]) for row in points})
+    save_figure(pareto(lines, dense), path)
+    return True
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rebuild a sweep's files: `python -m evals.report <sweep folder>`."""
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        print("usage: python -m evals.report <sweep folder>; the folder must exist", file=sys.stderr)
+        return 2
+    rows = rebuild(Path(arguments[0]))
+    if not rows:
+        print(f"{arguments[0]}: has no numbered job folders, so it is no sweep", file=sys.stderr)
+        return 2
+    print(f"{len(rows)} jobs, {sum(row['status'] != 'ok' for row in rows)} not ok: {Path(arguments[0]) / 'report.md'}")
+    return 0

@@ -1,0 +1,1 @@
+"""One file a way to recover: train what is left after the cut."""
