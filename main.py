@@ -41,10 +41,11 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
 
     out.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, out / "config.yaml", resolve=True)
-    device, store = resolve_device(cfg.device), Store(Path(cfg.storage))
-    record = Record.begin(cfg, versions(), describe_device(device), command)
+    record, store = Record.begin(cfg, versions(), command), Store(Path(cfg.storage))
     with record.kept_in(out):
         with record.phase("load"):
+            device = resolve_device(cfg.device)
+            record.device = describe_device(device)
             seed_everything(cfg.seed)
             data, model = build(cfg.data), build(cfg.model)
             model.network.to(device)
@@ -55,11 +56,11 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
             method.check(costs)
         with record.phase("train"):
             model, record.history = with_weights(model, data, store, cfg.seed)
-            model.network.to(dtype_of(cfg.dtype))
+            model.network.to(dtype_of(cfg.dtype, model.dtype))
             refuse_non_finite(model)
         with record.phase("rank"):
             ranking = ranked(method, model, data, store)
-            record.note(model, data, ranking)
+            record.note(method, model, data, ranking)
         with record.phase("search"):
             record.plan = plan = method.plan(model, ranking.scores, costs)
             plan.save(out / "plan.json")

@@ -160,7 +160,7 @@ def fingerprint_of(*parts: Tensor | int | str) -> str:
     for part in parts:
         if isinstance(part, Tensor):
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.contiguous().view(torch.uint8).numpy().data)
+            digest.update(part.cpu().reshape(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(f"|{part}".encode())
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """Handwritten digits bundled with scikit-learn: 1,797 real 8x8 grey images, no download."""
 
 from functools import partial
+from typing import Literal
 
 import torch
 from sklearn.datasets import load_digits
@@ -19,8 +20,8 @@ SPLIT_SEED = 0
 @checked
 def digits(
     *,
-    classes: int = 10,
-    image_size: int = 8,
+    classes: Literal[10] = 10,
+    image_size: Literal[8] = 8,
     batch_size: Count = 64,
     calibration_batches: Whole = 16,
     calibration_batch_size: Count = 64,

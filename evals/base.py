@@ -1,5 +1,6 @@
 """What a metric is given and what it returns."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,8 @@ class Measurement:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `reason` only where there is no value."""
+        if isinstance(self.value, float) and not math.isfinite(self.value):
+            return {"value": None, "unit": self.unit, "reason": f"the value is {self.value}"}
         why = {"reason": self.reason} if self.value is None else {}
         return {"value": self.value, "unit": self.unit, **why, **self.details}
 

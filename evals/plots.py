@@ -21,7 +21,7 @@ KEPT, GONE, LINE = "#2a6f97", "#d9d9d9", "#c1440e"
 
 def draw_plots(
     plan: Plan,
-    scores: Scores | None,
+    scores: Scores,
     history: Sequence[Mapping[str, float]],
     recovery: Sequence[Mapping[str, float]],
     out: Path,
@@ -32,9 +32,8 @@ def draw_plots(
     drawn = {}
     if plan.groups and plan.budget:
         drawn["kept_units.png"] = kept_units(plan)
-    if scores is not None and scores.terms:
-        for term, groups in scores.terms.items():
-            drawn[f"scores_{term}.png"] = scores_per_layer(plan, groups, term)
+    for term, groups in scores.terms.items():
+        drawn[f"scores_{term}.png"] = scores_per_layer(plan, groups, term)
     if history:
         drawn["training_curve.png"] = learning_curve(history, "training of the dense model")
     if recovery:

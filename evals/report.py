@@ -14,7 +14,7 @@ from data.base import DataBundle
 from evals.base import Measurements
 from evals.table import markdown_table
 from models.base import PrunableModel
-from prune.base import Plan
+from prune.base import Method, Plan
 from prune.ranking import Ranking
 from prune.recovery.base import Recovered
 from utils.files import write_atomically
@@ -30,8 +30,8 @@ class Record:
     config: dict[str, Any]
     seed: int
     versions: dict[str, Any]
-    device: dict[str, Any]
     command: str = "python main.py"
+    device: dict[str, Any] = field(default_factory=dict)
     status: str = "failed"
     error: str | None = None
     fingerprints: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(("model", "data", "scores")))
@@ -46,13 +46,14 @@ class Record:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @classmethod
-    def begin(cls, cfg: DictConfig, versions: dict[str, Any], device: dict[str, Any], command: str) -> "Record":
+    def begin(cls, cfg: DictConfig, versions: dict[str, Any], command: str) -> "Record":
         """Start the record of a run, resolved configuration included."""
         config = OmegaConf.to_container(cfg, resolve=True)
-        return cls(cfg.name, config, cfg.seed, versions, device, command)  # type: ignore[arg-type]
+        return cls(cfg.name, config, cfg.seed, versions, command)  # type: ignore[arg-type]
 
-    def note(self, model: PrunableModel, data: DataBundle, ranking: Ranking) -> None:
+    def note(self, method: Method, model: PrunableModel, data: DataBundle, ranking: Ranking) -> None:
         """Take in what the scores were made from, and where they lie."""
+        self.method = method.name
         self.fingerprints = {"model": model.fingerprint(), "data": data.fingerprint, "scores": ranking.fingerprint}
         self.cache = {"hit": ranking.hit, "path": str(ranking.path) if ranking.path else None}
 
@@ -76,7 +77,7 @@ class Record:
             self.error = f"{type(error).__name__}: {error}"
             raise
         finally:
-            write_atomically(out / "result.json", json.dumps(self.to_json(), indent=1).encode())
+            write_atomically(out / "result.json", json.dumps(self.to_json(), indent=1, allow_nan=False).encode())
             write_atomically(out / "report.md", self.to_markdown().encode())
 
     def add(self, found: Sequence[Measurements]) -> None:
@@ -106,6 +107,12 @@ class Record:
             "seconds": self.seconds,
             "warnings": self.warnings(),
         }
+
+    def scores_from(self) -> str:
+        """Where the scores came from, in words."""
+        if self.cache["path"] is None:
+            return "no scores were needed"
+        return "scores from the cache" if self.cache["hit"] else "scores computed"
 
     def warnings(self) -> list[str]:
         """What a reader should know before the numbers."""
@@ -140,7 +147,9 @@ class Record:
         return "\n\n".join(parts) + "\n"
 
     def _what_was_run(self) -> str:
-        place = f"{self.device['name']} ({self.device['type']}, {self.device['cpu_threads']} CPU threads)"
+        place = "no device"
+        if self.device:
+            place = f"{self.device['name']} ({self.device['type']}, {self.device['cpu_threads']} CPU threads)"
         plan = self.plan
         if plan is None or plan.budget is None:
             return f"Nothing was pruned. Seed {self.seed}, on {place}."
@@ -157,8 +166,7 @@ class Record:
 
     def _provenance(self) -> str:
         found = ", ".join(f"{name} `{(value or 'none')[:16]}`" for name, value in self.fingerprints.items())
-        source = "from the cache" if self.cache["hit"] else "computed in this run"
-        return f"Fingerprints: {found}. Scores: {source}."
+        return f"Fingerprints: {found}. {self.scores_from().capitalize()}."
 
 
 if __name__ == "__main__":

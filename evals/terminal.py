@@ -19,9 +19,8 @@ def print_record(record: Record, out: Path) -> None:
     plan = record.plan
     if plan and plan.budget:
         console.print(f"{plan.ratio_reached:.2%} of the {plan.budget} removed ({plan.ratio_asked:.2%} asked)")
-    cached = "scores from the cache" if record.cache["hit"] else "scores computed"
     seconds = f"{record.seconds['total']:.1f} s in all"
-    console.print(f"{cached}, {seconds}; everything else is in {out}/report.md", soft_wrap=True)
+    console.print(f"{record.scores_from()}, {seconds}; everything else is in {out}/report.md", soft_wrap=True)
 
 
 def terminal_table(dense: Measurements, pruned: Measurements) -> Table:

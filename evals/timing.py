@@ -1,9 +1,10 @@
-"""Timing several models against each other: warm-up, ABBA order, raw samples kept.
+"""Timing several models against each other: warm-up, then ABBA order.
 
 One block runs A, B, B, A, so that a linear drift of clocks or of a shared machine's load
 cancels in the ratio of the block.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -37,15 +38,20 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Timings:
-    """Times of one model in milliseconds: its very first call, and each timed call per block."""
+    """Times of one model in milliseconds.
+
+    Attributes:
+        first_ms: Its very first call.
+        blocks_ms: Per block the calls of its two slots.
+    """
 
     first_ms: float
-    blocks_ms: list[list[float]]
+    blocks_ms: list[tuple[list[float], list[float]]]
 
     @property
     def all_ms(self) -> list[float]:
-        """All timed calls in order."""
-        return [t for block in self.blocks_ms for t in block]
+        """All timed calls."""
+        return [t for slots in self.blocks_ms for slot in slots for t in slot]
 
 
 def time_interleaved(calls: Sequence[Call], device: torch.device, protocol: Protocol) -> list[Timings]:
@@ -61,20 +67,19 @@ def time_interleaved(calls: Sequence[Call], device: torch.device, protocol: Prot
         first = [timed(call, 1)[0] for call in calls]
         warm = [statistics.median(timed(call, max(1, protocol.warmup - 1))) for call in calls]
         repeats = [_calls_per_slot(protocol, ms) for ms in warm]
-        blocks: list[list[list[float]]] = [[] for _ in calls]
+        blocks: list[list[tuple[list[float], list[float]]]] = [[] for _ in calls]
         for _ in range(protocol.blocks):
-            for mine in blocks:
-                mine.append([])
-            order = [*range(len(calls)), *reversed(range(len(calls)))]
-            for position in order:
-                blocks[position][-1] += timed(calls[position], repeats[position])
+            there = [timed(call, n) for call, n in zip(calls, repeats, strict=True)]
+            back = [timed(call, n) for call, n in reversed([*zip(calls, repeats, strict=True)])]
+            for mine, slots in zip(blocks, zip(there, reversed(back), strict=True), strict=True):
+                mine.append(slots)
     return [Timings(ms, mine) for ms, mine in zip(first, blocks, strict=True)]
 
 
 def _calls_per_slot(protocol: Protocol, call_ms: float) -> int:
     wanted = protocol.seconds * 1000 / max(call_ms, 1e-6)
     total = min(max(wanted, protocol.least_calls), protocol.most_calls)
-    return max(1, round(total / (2 * protocol.blocks)))
+    return math.ceil(total / (2 * protocol.blocks))
 
 
 def _cpu_ms(call: Call, repeats: int) -> list[float]:
@@ -97,9 +102,9 @@ def _cuda_ms(call: Call, repeats: int) -> list[float]:
 
 
 def speedup(dense: Timings, pruned: Timings) -> float:
-    """How many times faster: the median over blocks of the ratio of the blocks' medians."""
+    """How many times faster: the median over blocks of `(A1 + A2) / (B1 + B2)` on slot medians."""
     pairs = zip(dense.blocks_ms, pruned.blocks_ms, strict=True)
-    return statistics.median(statistics.median(a) / statistics.median(b) for a, b in pairs)
+    return statistics.median(sum(map(statistics.median, a)) / sum(map(statistics.median, b)) for a, b in pairs)
 
 
 def spread_ms(times: Sequence[float]) -> dict[str, float | int | None]:

@@ -186,14 +186,15 @@ class PrunableModel(ABC):
         return twin
 
     def place(self, batch: Batch) -> Batch:
-        """Move a batch to the model's device, floating tensors to its dtype."""
+        """Move a batch to the model's device, floating inputs to its dtype; labels keep theirs."""
         moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        return {k: t.to(self.dtype) if t.is_floating_point() else t for k, t in moved.items()}
+        inputs = {k: t.to(self.dtype) for k, t in moved.items() if t.is_floating_point() and k != "labels"}
+        return moved | inputs
 
     def fingerprint(self) -> str:
         """Hash of every weight and buffer with its name, and of the recipe's builder."""
         digest = hashlib.sha256(self.recipe.builder.encode())
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -35,17 +35,36 @@ def save_model(model: PrunableModel, folder: Path) -> Path:
         save_file(tensors_of(model), partial / WEIGHTS)
         (partial / MANIFEST).write_text(json.dumps(_manifest(model), indent=1))
         partial.chmod(0o755)
+        old = partial.with_name(f"{partial.name}-old")
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
 def tensors_of(model: PrunableModel) -> dict[str, Tensor]:
-    """Every weight and buffer that a checkpoint holds, contiguous and on the CPU."""
-    return {name: t.detach().cpu().contiguous() for name, t in model.network.state_dict().items()}
+    """Every weight and buffer that a checkpoint holds, on the CPU; tied ones under their first name."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in _untied(model).items()}
+
+
+def fill(model: PrunableModel, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors that `tensors_of` gave back into a model of the same shape."""
+    held = _untied(model)
+    if held.keys() != tensors.keys():
+        raise ValueError(f"tensors differ from the model's: {sorted(held.keys() ^ tensors.keys())}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            held[name].copy_(tensor)
+
+
+def _untied(model: PrunableModel) -> dict[str, Tensor]:
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.network.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
 
 
 def stored_recipe(checkpoint: str, asked: Recipe) -> Recipe:
@@ -59,10 +78,11 @@ def stored_recipe(checkpoint: str, asked: Recipe) -> Recipe:
             f"model.checkpoint={checkpoint}: was saved from {manifest['builder']}, "
             f"this model is {asked.builder}; choose the model it came from"
         )
-    if set(manifest["arguments"]) != set(asked.arguments):
-        odd = sorted(set(manifest["arguments"]) ^ set(asked.arguments))
+    if not isinstance(manifest["arguments"], dict) or set(manifest["arguments"]) - set(asked.arguments):
+        odd = sorted(map(str, set(manifest["arguments"]) - set(asked.arguments)))
         raise InputError(f"model.checkpoint={checkpoint}: arguments of {MANIFEST} do not fit {asked.builder}: {odd}")
-    return Recipe(asked.builder, manifest["arguments"])
+    # an argument that the builder has gained since then is as the configuration says
+    return Recipe(asked.builder, {**asked.arguments, **manifest["arguments"]})
 
 
 def load_weights(model: M, checkpoint: str) -> M:
@@ -73,18 +93,14 @@ def load_weights(model: M, checkpoint: str) -> M:
     """
     path = Path(checkpoint)
     if path.is_dir():
-        origin = _origin(_read_manifest(path), checkpoint)
-        counts = {name: torch.arange(len(units)) for name, units in origin.items()}
-        try:
-            keep_units(model.network, model.unit_groups(), counts)
-        except ValueError as error:
-            raise InputError(f"model.checkpoint={checkpoint}: its manifest does not fit: {error}") from error
+        origin = _origin(_read_manifest(path), model, checkpoint)
+        keep_units(model.network, model.unit_groups(), origin)
         model.origin.update(origin)
         path = path / WEIGHTS
     tensors = _read_tensors(path, checkpoint)
-    _refuse_misfit(tensors, model.network.state_dict(), checkpoint)
-    model.network.load_state_dict(tensors)
+    _refuse_misfit(tensors, _untied(model), checkpoint)
     model.network.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))
+    fill(model, tensors)
     model.training = None
     return model
 
@@ -113,11 +129,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _origin(manifest: Mapping[str, Any], checkpoint: str) -> dict[str, Tensor]:
-    try:
-        return {name: torch.tensor(units, dtype=torch.int64) for name, units in manifest["units"].items()}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"model.checkpoint={checkpoint}: units of {MANIFEST} are damaged ({error})") from error
+def _origin(manifest: Mapping[str, Any], model: PrunableModel, checkpoint: str) -> dict[str, Tensor]:
+    """Which dense units the checkpoint kept, per group; refused if they can't be the model's."""
+    units, counts = manifest["units"], {group.name: group.count for group in model.unit_groups()}
+    if not isinstance(units, dict) or units.keys() - counts.keys():
+        known = ", ".join(counts)
+        raise InputError(f"model.checkpoint={checkpoint}: units of {MANIFEST} are damaged; the groups are {known}")
+    for name, kept in units.items():
+        whole = isinstance(kept, list) and all(type(i) is int and 0 <= i < counts[name] for i in kept)
+        if not whole or kept != sorted(set(kept)):
+            rule = f"must be ascending units in [0, {counts[name]})"
+            raise InputError(f"model.checkpoint={checkpoint}: units of {name} in {MANIFEST} are damaged; they {rule}")
+    return {name: torch.tensor(kept, dtype=torch.int64) for name, kept in units.items()}
 
 
 def _read_tensors(path: Path, checkpoint: str) -> dict[str, Tensor]:

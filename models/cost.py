@@ -82,23 +82,23 @@ def cost_model(model: PrunableModel, example: Batch) -> CostModel:
         model: The model to describe; left as it was.
         example: A batch of one sample, of the shape that costs are meant for.
     """
-    positions = positions_per_module(model, example)
+    calls = positions_per_call(model, example)
     groups = model.unit_groups()
-    terms = [*_weight_terms(model.network, groups, positions)]
-    terms += [_attention_term(g, positions) for g in groups if g.pairwise_features and g.count]
+    terms = _weight_terms(model.network, groups, calls)
+    terms += [_attention_term(g, calls) for g in groups if g.pairwise_features and g.count]
     counts = {group.name: group.count for group in groups}
     return CostModel(tuple(terms), counts, {group.name: group.width for group in groups})
 
 
-def positions_per_module(model: PrunableModel, example: Batch) -> dict[str, int]:
-    """How many output positions each linear and convolution computes for one sample."""
-    seen: dict[str, int] = {}
+def positions_per_call(model: PrunableModel, example: Batch) -> dict[str, list[int]]:
+    """How many output positions each linear and convolution computes for one sample, call by call."""
+    seen: dict[str, list[int]] = {}
 
     def counter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             is_linear = isinstance(module, nn.Linear)
             count = output.shape[:-1].numel() if is_linear else output[:, :1].numel()
-            seen[name] = seen.get(name, 0) + count
+            seen.setdefault(name, []).append(count // batch_size)
 
         return hook
 
@@ -107,10 +107,10 @@ def positions_per_module(model: PrunableModel, example: Batch) -> dict[str, int]
     batch_size = len(next(iter(example.values())))
     with torch.inference_mode(), hooked(after=[(m, counter(n)) for n, m in modules]):
         model.logits(model.place(example))
-    return {name: count // batch_size for name, count in seen.items()}
+    return seen
 
 
-def _weight_terms(network: nn.Module, groups: Sequence[UnitGroup], positions: Mapping[str, int]) -> list[Term]:
+def _weight_terms(network: nn.Module, groups: Sequence[UnitGroup], calls: Mapping[str, list[int]]) -> list[Term]:
     sliced: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for group in groups:
         for part in group.slices:
@@ -118,12 +118,14 @@ def _weight_terms(network: nn.Module, groups: Sequence[UnitGroup], positions: Ma
             sliced.setdefault((part.tensor, part.dim), []).append(entry)
     counts = {group.name: group.count for group in groups}
 
-    terms = []
-    for name, tensor in network.named_parameters():
+    terms, counted = [], set()
+    for name, tensor in network.named_parameters(remove_duplicate=False):
         lengths = [_length(size, sliced.get((name, dim), []), counts) for dim, size in enumerate(tensor.shape)]
         module, _, leaf = name.rpartition(".")
-        runs = positions.get(module, 0) if leaf == "weight" else 0
-        terms.append(Term(macs=runs, params=1, lengths=tuple(lengths)))
+        runs = sum(calls.get(module, [])) if leaf == "weight" else 0
+        # a tied weight is multiplied wherever it is used, but held once
+        terms.append(Term(macs=runs, params=int(id(tensor) not in counted), lengths=tuple(lengths)))
+        counted.add(id(tensor))
     return terms
 
 
@@ -132,8 +134,7 @@ def _length(size: int, per_unit: Sequence[tuple[str, int]], counts: Kept) -> Len
     return Length(size - in_groups, tuple(per_unit))
 
 
-def _attention_term(group: UnitGroup, positions: Mapping[str, int]) -> Term:
-    queries = positions.get(group.consumer.module, 0)
-    keys = group.keys_per_query or queries
-    macs = group.pairwise_features * queries * keys
-    return Term(macs=macs, params=0, lengths=(Length(0, ((group.name, 1),)),))
+def _attention_term(group: UnitGroup, calls: Mapping[str, list[int]]) -> Term:
+    queries = calls.get(group.consumer.module, [])
+    pairs = sum(count * (group.keys_per_query or count) for count in queries)
+    return Term(macs=group.pairwise_features * pairs, params=0, lengths=(Length(0, ((group.name, 1),)),))

@@ -1,10 +1,7 @@
 """Weights for a model that comes without any: trained once, kept in storage."""
 
-import hashlib
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +10,8 @@ from torch import Tensor
 import utils.training
 from data.base import DataBundle
 from models.base import Batch, PrunableModel
+from models.checkpoint import fill, tensors_of
+from utils.code import code_hash
 from utils.storage import Artifact, Scratch, Store, folder_name
 from utils.training import History, Trained, Training, fit
 
@@ -30,11 +29,11 @@ def with_weights(model: PrunableModel, data: DataBundle, store: Store, seed: int
 
     def compute(scratch: Scratch) -> Artifact:
         trained = train(model, data, settings, seed, task_loss(model, data, settings), f"train {model.name}", scratch)
-        return Artifact(trained.last, {"history": trained.history})
+        return Artifact(tensors_of(model), {"history": trained.history})
 
     folder = f"{data.domain}/{folder_name(data.name)}/{folder_name(model.name)}"
     found = store.fetch(folder, "checkpoint", _key(model, data, settings, seed), compute)
-    model.network.load_state_dict(found.artifact.tensors)
+    fill(model, found.artifact.tensors)
     return model, found.artifact.facts["history"]
 
 
@@ -77,13 +76,11 @@ def validate(model: PrunableModel, data: DataBundle) -> dict[str, float]:
 
 
 def _key(model: PrunableModel, data: DataBundle, settings: Training, seed: int) -> dict[str, Any]:
-    sources = [inspect.getsourcefile(type(model)), inspect.getsourcefile(utils.training)]
-    code = b"".join(Path(path).read_bytes() for path in sources if path)
     return {
         "builder": model.recipe.builder,
         "arguments": dict(model.recipe.arguments),
         "initial_weights": model.fingerprint(),
-        "code": hashlib.sha256(code).hexdigest(),
+        "code": code_hash(type(model), type(data.task), utils.training),
         "train": data.fingerprints["train"],
         "training": asdict(settings),
         "seed": seed,

@@ -65,6 +65,7 @@ def keep_units(network: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[st
     """
     _refuse_bad_indices(groups, kept)
     cut = [group for group in groups if group.name in kept and len(kept[group.name]) < group.count]
+    _refuse_ties(network, cut)
     for (name, dim), gone in _removed_positions(cut, kept).items():
         _drop(network, name, dim, gone)
     for group in cut:
@@ -85,6 +86,16 @@ def _refuse_bad_indices(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor])
             raise ValueError(f"kept[{name!r}] is {values}; it must ascend without repeats in [0, {counts[name]})")
 
 
+def _refuse_ties(network: nn.Module, groups: Sequence[UnitGroup]) -> None:
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in network.named_parameters(remove_duplicate=False):
+        names[id(tensor)].append(name)
+    for part in (part for group in groups for part in group.slices):
+        aliases = names.get(id(_tensor(network, part.tensor)), [])
+        if len(aliases) > 1:
+            raise ValueError(f"{' and '.join(aliases)} are tied: cutting one would change the other")
+
+
 def _removed_positions(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[tuple[str, int], Tensor]:
     """Positions to drop per (tensor, dim); groups that share a dimension are joined."""
     removed: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
@@ -97,16 +108,12 @@ def _removed_positions(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) 
 
 
 def _drop(network: nn.Module, name: str, dim: int, gone: Tensor) -> None:
-    """Drop positions from one tensor, under all the names it is known by."""
+    """Drop positions along one dimension of one tensor."""
     old = _tensor(network, name)
     keep = torch.ones(old.shape[dim], dtype=torch.bool)
     keep[gone] = False
     new = old.detach().index_select(dim, keep.nonzero().flatten().to(old.device)).clone()
     tensor = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    aliases = [n for n, t in network.named_parameters(remove_duplicate=False) if t is old]
-    if len(aliases) > 1:
-        others = ", ".join(alias for alias in aliases if alias != name)
-        raise ValueError(f"{name} is tied to {others}: cutting one would change both")
     module, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(module), leaf, tensor)
 

@@ -12,7 +12,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from models.base import Attribute, Batch, Consumer, PrunableModel, Recipe, UnitGroup, rows, unit_index
 from models.checkpoint import load_weights, stored_recipe
 from utils.errors import InputError
-from utils.rules import Count, ExistingPath, checked
+from utils.rules import Count, ExistingPath, Ratio, checked
 from utils.training import Training
 
 
@@ -160,7 +160,7 @@ def toy_encoder(
     depth: Count = 4,
     heads: Count = 4,
     neurons: Count = 192,
-    dropout: float = 0.0,
+    dropout: Ratio = 0.0,
     checkpoint: ExistingPath | None = None,
     training: Training | None = None,
 ) -> ToyEncoder:

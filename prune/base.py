@@ -147,6 +147,11 @@ class Method(Protocol):
         ...
 
     @property
+    def looks_at_data(self) -> bool:
+        """Whether scores depend on the calibration data."""
+        ...
+
+    @property
     def ranks(self) -> bool:
         """Whether the method needs scores at all."""
         ...
@@ -163,7 +168,7 @@ class Method(Protocol):
         """Score the dense model's units."""
         ...
 
-    def plan(self, model: PrunableModel, scores: Scores | None, costs: CostModel) -> Plan:
+    def plan(self, model: PrunableModel, scores: Scores, costs: CostModel) -> Plan:
         """Choose what stays within the budget."""
         ...
 

@@ -111,13 +111,16 @@ def gate_gradients(model: PrunableModel, data: DataBundle, title: str) -> dict[s
         for group in model.unit_groups()
         if group.count
     }
+    if not gates:
+        return {group.name: torch.zeros(len(batches), 0) for group in model.unit_groups()}
     found: list[tuple[Tensor, ...]] = []
     with undisturbed(model.network), gated(model, gates), progress_bar(title, len(batches)) as advance:
         for batch in batches:
             placed = model.place(batch)
             with torch.enable_grad():
                 loss = data.task.loss(model.logits(placed), placed)
-                found.append(torch.autograd.grad(loss, list(gates.values())))
+                # a unit that nothing reads any more (behind an emptied layer) has no gradient: zero
+                found.append(torch.autograd.grad(loss, list(gates.values()), materialize_grads=True))
             advance("")
     stacked = (torch.stack(column).float().cpu() for column in zip(*found, strict=True))
     result = dict(zip(gates, stacked, strict=True))

@@ -15,6 +15,7 @@ class Nothing:
 
     name: ClassVar[str] = "none"
     ranks: ClassVar[bool] = False
+    looks_at_data: ClassVar[bool] = False
 
     def ranking_settings(self) -> dict[str, Any]:
         """There are none."""
@@ -27,7 +28,7 @@ class Nothing:
         """There is nothing to rank."""
         return Scores({})
 
-    def plan(self, model: PrunableModel, scores: Scores | None, costs: CostModel) -> Plan:
+    def plan(self, model: PrunableModel, scores: Scores, costs: CostModel) -> Plan:
         """The full plan."""
         return Plan.of(model, {})
 

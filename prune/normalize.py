@@ -47,12 +47,9 @@ def _by_rank(values: Tensor) -> Tensor:
 
 
 def _lamp(values: Tensor) -> Tensor:
-    order = values.argsort(descending=True, stable=True)
-    squared = values[order].square()
-    not_smaller = squared.cumsum(0)
-    result = torch.empty_like(values)
-    result[order] = squared / torch.where(not_smaller == 0, 1.0, not_smaller)
-    return result
+    squares, inverse, repeats = values.square().unique(return_inverse=True, return_counts=True)
+    not_smaller = (squares * repeats).flip(0).cumsum(0).flip(0)
+    return (squares / _nonzero(not_smaller))[inverse]
 
 
 def _nonzero(scale: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Structural(ABC):
     per_cost: bool = True
 
     ranks: ClassVar[bool] = True
+    looks_at_data: ClassVar[bool] = True
     search_fields: ClassVar[frozenset[str]] = frozenset(
         {"ratio", "budget", "min_keep", "round_to", "normalize", "per_cost"}
     )
@@ -68,9 +69,8 @@ class Structural(ABC):
         """Join a method's raw terms into one score per unit."""
         return scores.only()
 
-    def plan(self, model: PrunableModel, scores: Scores | None, costs: CostModel) -> Plan:
+    def plan(self, model: PrunableModel, scores: Scores, costs: CostModel) -> Plan:
         """Keep the units with the highest score per cost."""
-        assert scores is not None
         comparable = normalized(self.combine(scores), self.normalize)
         kept = select_units(comparable, costs, self._budget)
         reached = ratio_of(costs, self.budget, {name: len(index) for name, index in kept.items()})

@@ -136,7 +136,7 @@ def test_normalisations_by_hand() -> None:
         "mean": [0.5, 1.5, 1.0, 1.0],
         "max": [1 / 3, 1.0, 2 / 3, 2 / 3],
         "rank": [0.25, 1.0, 0.625, 0.625],
-        "lamp": [1 / 18, 1.0, 4 / 13, 4 / 17],
+        "lamp": [1 / 18, 1.0, 4 / 17, 4 / 17],
     }
     for how, wanted in expected.items():
         found = normalized(values, how)  # type: ignore[arg-type]

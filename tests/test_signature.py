@@ -44,8 +44,9 @@ def test_types_survive_inheritance_and_imports() -> None:
 
 MODULE = """
 import torch
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Optional
+from typing import ClassVar, Optional, overload
 
 class Plain:
     def __init__(self, a: int, b: "float" = 1.0, *, c: Optional[str] = None, device: torch.device = None): ...
@@ -59,6 +60,27 @@ class Loose:
     def __init__(self, **kwargs): ...
 class Unknown(torch.nn.Module): ...
 class Bare: ...
+class Meta(type): ...
+class WithMeta(metaclass=Meta): ...
+class WithNew:
+    def __new__(cls, x): ...
+class Stub:
+    @overload
+    def __init__(self, a: int): ...
+    @overload
+    def __init__(self, a: str): ...
+    def __init__(self, a, b=None): ...
+@some.decorator
+def wrapped(x): ...
+async def later(x: int = None): ...
+def prose(x: "a 2d thing" = 1): ...
+@dataclass
+class Fields:
+    _: KW_ONLY
+    a: int
+    b: list[int] = field(default_factory=list)
+    c: int = field(default=3, init=False)
+    d: ClassVar[int] = 4
 made = partial(Plain, 1)
 if True:
     def inside(y: list[int]): ...
@@ -78,6 +100,14 @@ def test_shapes_of_third_party_code(tmp_path: Path, monkeypatch) -> None:
     plain = {"a": (int, True), "b": (float, False), "c": (str | None, False), "device": (Any, False)}
     for name in ("foreign_shapes.Plain", "foreign_shapes.Child", "foreign_package.inner.Renamed"):
         assert read(name) == plain
+    for name in ("WithMeta", "WithNew", "wrapped", "Plain.make.deeper"):
+        assert read_signature(f"foreign_shapes.{name}").open_ended
+    assert read("foreign_shapes.Stub") == {"a": (Any, True), "b": (Any, False)}
+    assert read("foreign_shapes.later") == {"x": (int | None, False)}
+    assert read("foreign_shapes.prose") == {"x": (Any, False)}
+    assert read("foreign_shapes.Fields") == {"a": (int, True), "b": (list[int], False)}
+    assert read("foreign_shapes.Child.make") == {"folder": (str, True)}
+    assert read_signature("foreign_shapes.Unknown.from_pretrained").open_ended
     assert read("foreign_shapes.Plain.make") == {"folder": (str, True)}
     assert read("foreign_shapes.Plain.free") == {"x": (Any, True)}
     assert read("foreign_shapes.inside") == {"y": (list[int], True)}

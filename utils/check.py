@@ -6,13 +6,13 @@ Nothing heavy is imported here: signatures and types come from source files.
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.config import ROOT_RULES
+from utils.config import ROOT_RULES, Config
 from utils.rules import broken_rule
 from utils.signature import Signature, TargetError, read_signature
 
@@ -40,9 +40,10 @@ def find_problems(cfg: DictConfig) -> list[str]:
         value = plain.get(key)
         if value != "???" and (broken := broken_rule(value, rule)):
             problems.append(Problem(key, f"{key}={_shown(value)}: {broken}"))
+    problems += _root_problems(plain)
     problems += _node_problems(plain, "")
     at_fault = {problem.key for problem in problems}
-    return [p.text for p in problems if _source(cfg, p.key) not in at_fault]
+    return [p.text for p in problems if _source(cfg, p.key) not in at_fault - {p.key}]
 
 
 def _source(cfg: DictConfig, key: str) -> str | None:
@@ -73,7 +74,7 @@ def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
             return "???"
         try:
             return walk(node[key], path)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, RecursionError) as error:
             problems.append(Problem(path, f"{path}: {str(error).splitlines()[0]}"))
             return UNKNOWN
 
@@ -85,6 +86,21 @@ def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
         return node
 
     return walk(cfg, ""), problems
+
+
+def _root_problems(plain: Mapping[str, Any]) -> Iterator[Problem]:
+    """Unknown keys at the root, and components that are no component."""
+    known = {field.name for field in fields(Config)}
+    for key in plain.keys() - known:
+        yield Problem(key, f"{key}={_shown(plain[key])}: the configuration has no key {key!r}; {suggest(key, known)}")
+    for key in known - ROOT_RULES.keys():
+        node = plain.get(key)
+        metrics = node if key == "evals" and isinstance(node, Mapping) else None
+        components = {key: node} if metrics is None else {f"evals.{name}": metric for name, metric in metrics.items()}
+        for path, component in components.items():
+            if component != "???" and not (isinstance(component, Mapping) and "_target_" in component):
+                rule = f"must be one of the options of {key.split('.')[0]}, a mapping with a _target_"
+                yield Problem(path, f"{path}={_shown(component)}: {rule}")
 
 
 def _node_problems(node: object, path: str) -> Iterator[Problem]:
@@ -121,10 +137,16 @@ def _argument_problems(signature: Signature, target: str, path: str, key: str, v
     if parameter is None and not signature.open_ended:
         hint = suggest(key, signature.parameters)
         yield Problem(path, f"{path}={_shown(value)}: {target} takes no {key!r}; {hint}")
-    is_object = isinstance(value, Mapping) and "_target_" in value
-    if parameter is not None and value not in ("???", UNKNOWN) and not is_object:
+    if parameter is not None and value not in ("???", UNKNOWN) and not _holds_object(value):
         if broken := broken_rule(value, parameter.annotation):
             yield Problem(path, f"{path}={_shown(value)}: {broken}")
+
+
+def _holds_object(value: object) -> bool:
+    """Whether a value is, or contains, something that is only built later."""
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_holds_object, value.values()))
+    return isinstance(value, list) and any(map(_holds_object, value))
 
 
 def _shown(value: object) -> str:

@@ -4,6 +4,7 @@
 """
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -66,5 +67,7 @@ def exit_codes() -> Iterator[None]:
 
 def command() -> str:
     """The command that repeats the current Hydra job."""
-    overrides = [f"'{o}'" if set(o) & set(" []{}()$*") else o for o in HydraConfig.get().overrides.task]
-    return " ".join(["python main.py", *overrides])
+    args = get_args_parser().parse_args(sys.argv[1:])
+    named = {"--config-path": args.config_path, "--config-name": args.config_name, "--config-dir": args.config_dir}
+    where = [part for flag, value in named.items() if value for part in (flag, value)]
+    return shlex.join(["python", "main.py", *where, *HydraConfig.get().overrides.task])

@@ -23,7 +23,8 @@ from utils.check import find_problems, suggest
 from utils.config import ROOT_RULES
 from utils.rules import broken_rule
 
-CANNOT_COMPOSE = (HydraException, OmegaConfBaseException)
+# OmegaConf lets bare ValueErrors, AttributeErrors and AssertionErrors of odd values through
+CANNOT_COMPOSE = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ def _loader() -> ConfigLoader:
 
 def _jobs(line: CommandLine) -> Iterator[list[str]]:
     """Split sweeps such as `prune.ratio=0.2,0.4` into one list of overrides a job."""
-    overrides = list(line.overrides)
-    if line.extra_dir is not None:
-        overrides.append(f"hydra.searchpath=[file://{Path(line.extra_dir).absolute()}]")
+    overrides = _with_extra_dir(line)
     parser = OverridesParser.create(config_loader=_loader())
     parsed = parser.parse_overrides(overrides)
     if not line.multirun and not _mode_is_multirun(line, overrides):
@@ -71,6 +70,17 @@ def _jobs(line: CommandLine) -> Iterator[list[str]]:
         return
     parsed += parser.parse_overrides(_sweeper_params(line, overrides))
     yield from map(list, itertools.product(*map(_choices, parsed)))
+
+
+def _with_extra_dir(line: CommandLine) -> list[str]:
+    """The overrides, with `--config-dir` put first on Hydra's search path."""
+    if line.extra_dir is None:
+        return list(line.overrides)
+    parsed = OverridesParser.create().parse_overrides([o for o in line.overrides if "hydra.searchpath" in o])
+    given = [str(path) for override in parsed for path in [*override.value()]]  # type: ignore[misc]
+    others = [o for o in line.overrides if "hydra.searchpath" not in o]
+    everything = ",".join(f'"{path}"' for path in [f"file://{Path(line.extra_dir).absolute()}", *given])
+    return [*others, f"hydra.searchpath=[{everything}]"]
 
 
 def _choices(override: Override) -> list[str]:
@@ -98,19 +108,27 @@ def _mode_is_multirun(line: CommandLine, overrides: list[str]) -> bool:
 def _sweeper_params(line: CommandLine, overrides: list[str]) -> list[str]:
     node = _hydra_node(line, overrides)
     params = OmegaConf.select(node, "sweeper.params") if node is not None else None
-    return [f"{key}={value}" for key, value in (params or {}).items()]
+    return [f"{key}={value}" for key, value in params.items()] if isinstance(params, DictConfig) else []
 
 
 def _job_problems(line: CommandLine, overrides: list[str]) -> list[str]:
     try:
         cfg = compose(line.config_name, overrides)
-        return [*_ignored_additions(cfg, overrides), *find_problems(cfg)]
+        return [*_private_options(overrides), *_ignored_additions(cfg, overrides), *find_problems(cfg)]
     except CANNOT_COMPOSE as error:
         problems, good = _guilty(line, overrides)
         try:
             return problems + find_problems(compose(line.config_name, good))
         except CANNOT_COMPOSE:
             return problems or [_first_line(error)]
+
+
+def _private_options(overrides: list[str]) -> Iterator[str]:
+    """Find options such as `prune=_structural`, which only hold what others share."""
+    for override in OverridesParser.create(config_loader=_loader()).parse_overrides(overrides):
+        value = override.value()
+        if _is_group(override) and isinstance(value, str) and value.startswith("_"):
+            yield _explain_group(override, HydraException(""))
 
 
 def _ignored_additions(cfg: DictConfig, overrides: list[str]) -> Iterator[str]:
@@ -188,7 +206,7 @@ def _explain_group(override: Override, error: Exception) -> str:
 
 
 def _is_option(group: str, name: str) -> bool:
-    return name in _loader().get_group_options(group, ObjectType.CONFIG)
+    return not name.startswith("_") and name in _loader().get_group_options(group, ObjectType.CONFIG)
 
 
 def _first_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ class Config:
     name: str = MISSING
     seed: int = 0
     device: str = "auto"
-    dtype: str = "float32"
+    dtype: str = "auto"
     storage: str = "storage"
     save: bool = False
     model: Any = MISSING
@@ -35,7 +35,7 @@ ROOT_RULES: dict[str, Any] = {
     "name": str,
     "seed": Seed,
     "device": Literal["auto", "cpu", "cuda"],
-    "dtype": Literal["float32", "bfloat16"],
+    "dtype": Literal["auto", "float32", "bfloat16"],
     "storage": WritableFolder,
     "save": bool,
 }

@@ -29,9 +29,9 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """Turn `float32` or `bfloat16` into a dtype."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
+    """Turn `float32` or `bfloat16` into a dtype; `auto` is the one the weights came in."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": stored}[name]
 
 
 def versions() -> dict[str, str | None]:

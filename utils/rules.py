@@ -84,8 +84,9 @@ def broken_rule(value: object, annotation: Any) -> str | None:
     """
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        rules = (rule.broken_by(value) for rule in args[1:] if hasattr(rule, "broken_by"))
-        return broken_rule(value, args[0]) or next(filter(None, rules), None)
+        rules = (rule for rule in args[1:] if isinstance(rule, Range | Exists | Writable))
+        texts = (rule.broken_by(value) for rule in rules)  # type: ignore[arg-type]
+        return broken_rule(value, args[0]) or next(filter(None, texts), None)
     if origin is Literal:
         # `1 == True`: a membership test alone would take a bool for an int
         found = any(value == option and type(value) is type(option) for option in args)
@@ -108,14 +109,19 @@ def _broken_type(value: object, annotation: Any, origin: Any, args: tuple) -> st
     if annotation is bool:
         return None if isinstance(value, bool) else "must be true or false"
     if annotation in (str, Path):
-        return None if isinstance(value, str | Path) else "must be text"
+        # YAML 1.1 reads 2:4 as a number of base 60
+        return None if isinstance(value, str | Path) else "must be text (quote values such as '2:4' in YAML)"
     kind = origin or annotation
     if isinstance(kind, type) and issubclass(kind, Mapping):
         return None if isinstance(value, Mapping) else "must be a mapping"
     if isinstance(kind, type) and issubclass(kind, Sequence):
         if not isinstance(value, list | tuple):
             return "must be a list"
-        items = (broken_rule(item, args[0]) for item in value) if args else ()
+        fixed = kind is tuple and args[-1:] != (Ellipsis,)
+        if fixed and args and len(args) != len(value):
+            return f"must have {len(args)} entries"
+        kinds = args if fixed else args[:1] * len(value)
+        items = (broken_rule(item, rule) for item, rule in zip(value, kinds, strict=False))
         return next((f"each entry {rule}" for rule in items if rule), None)
     return None
 

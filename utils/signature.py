@@ -37,6 +37,12 @@ class Signature:
 
 
 UNREADABLE = Signature(open_ended=True)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+# decorators that leave the arguments as written; any other makes a target unreadable
+HARMLESS = {
+    "abstractmethod", "cache", "checked", "classmethod", "dataclass", "final", "inference_mode", "lru_cache",
+    "no_grad", "override", "runtime_checkable", "staticmethod", "total_ordering",
+}  # fmt: skip
 
 
 class TargetError(LookupError):
@@ -98,22 +104,37 @@ def _lookup(module: Module, path: list[str], target: str) -> Signature:
             return UNREADABLE
         raise TargetError(f"module {module.name!r} has no {path[0]!r}")
     owner, node = found
-    for name in path[1:]:
-        inner = [n for n in getattr(node, "body", []) if getattr(n, "name", None) == name]
-        if not inner:
-            raise TargetError(f"{target!r}: {getattr(node, 'name', path[0])!r} has no {name!r}")
-        node = inner[-1]
-        if isinstance(node, ast.FunctionDef):
-            return _function(owner, node, skip=0 if _decorated(node, "staticmethod") else 1)
-    if isinstance(node, ast.FunctionDef):
+    if len(path) > 1:
+        return _method(owner, node, path[1], target) if len(path) == 2 else UNREADABLE
+    if isinstance(node, FUNCTIONS):
         return _function(owner, node, skip=0)
     return _class(owner, node) if isinstance(node, ast.ClassDef) else UNREADABLE
+
+
+def _method(module: Module, node: ast.stmt, name: str, target: str) -> Signature:
+    """Signature of a class's method, its bases' included."""
+    if not isinstance(node, ast.ClassDef):
+        return UNREADABLE
+    for inner in reversed(node.body):
+        if isinstance(inner, FUNCTIONS) and inner.name == name:
+            return _function(module, inner, skip=0 if _decorated(inner, "staticmethod") else 1)
+        if isinstance(inner, ast.Assign | ast.AnnAssign) and name in _assigned(inner):
+            return UNREADABLE
+    for base in node.bases:
+        found = _find(module, ast.unparse(base))
+        if found is None or not isinstance(found[1], ast.ClassDef):
+            return UNREADABLE
+        try:
+            return _method(*found, name, target)
+        except TargetError:
+            continue
+    raise TargetError(f"{target!r}: {node.name!r} has no {name!r}")
 
 
 def _find(module: Module, name: str, depth: int = 0) -> tuple[Module, ast.stmt] | None:
     """Find a class, function or assignment, through `from x import y` where needed."""
     for node in reversed(list(_statements(module.body))):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+        if isinstance(node, (ast.ClassDef, *FUNCTIONS)) and node.name == name:
             return module, node
         if isinstance(node, ast.Assign | ast.AnnAssign) and name in _assigned(node):
             return module, node
@@ -160,29 +181,46 @@ def _may_hide_names(module: Module) -> bool:
     )
 
 
-def _decorated(node: ast.ClassDef | ast.FunctionDef, name: str) -> bool:
-    def label(decorator: ast.expr) -> str:
-        return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator)
-
-    return any(label(d).split(".")[-1] == name for d in node.decorator_list)
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _function(module: Module, node: ast.FunctionDef, skip: int) -> Signature:
+def _decorators(node: Definition) -> list[str]:
+    plain = (d.func if isinstance(d, ast.Call) else d for d in node.decorator_list)
+    return [ast.unparse(decorator).split(".")[-1] for decorator in plain]
+
+
+def _decorated(node: Definition, name: str) -> bool:
+    return name in _decorators(node)
+
+
+def _function(module: Module, node: ast.FunctionDef | ast.AsyncFunctionDef, skip: int) -> Signature:
+    if not HARMLESS.issuperset(_decorators(node)):
+        return UNREADABLE
     args = node.args
     positional = [*args.posonlyargs, *args.args]
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(args.defaults))
     pairs = [*zip(positional, [*defaults, *args.defaults], strict=True)][skip:]
     pairs += [*zip(args.kwonlyargs, args.kw_defaults, strict=True)]
-    parameters = {
-        arg.arg: Parameter(_annotation(module, arg.annotation), required=default is None) for arg, default in pairs
-    }
+    parameters = {arg.arg: _parameter(module, arg.annotation, default) for arg, default in pairs}
     return Signature(parameters, open_ended=args.kwarg is not None)
 
 
+def _parameter(module: Module, annotation: ast.expr | None, default: ast.expr | None) -> Parameter:
+    """An argument with its default; a default of None allows None whatever the annotation says."""
+    kind = _annotation(module, annotation)
+    if isinstance(default, ast.Constant) and default.value is None:
+        kind = kind | None if kind is not Any else Any
+    return Parameter(kind, required=default is None)
+
+
 def _class(module: Module, node: ast.ClassDef) -> Signature:
-    for inner in node.body:
-        if isinstance(inner, ast.FunctionDef) and inner.name == "__init__":
-            return _function(module, inner, skip=1)
+    own = {inner.name: inner for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    if not HARMLESS.issuperset(_decorators(node)) or node.keywords:
+        return UNREADABLE
+    if "__init__" in own:
+        return _function(module, own["__init__"], skip=1)
+    if "__new__" in own:
+        return UNREADABLE
     parents = [_base(module, base) for base in node.bases]
     if not _decorated(node, "dataclass"):
         known = [parent for parent in parents if parent is not None]
@@ -213,7 +251,7 @@ def _dataclass_fields(module: Module, node: ast.ClassDef) -> Iterator[tuple[str,
     for inner in node.body:
         if not isinstance(inner, ast.AnnAssign) or not isinstance(inner.target, ast.Name):
             continue
-        if ast.unparse(inner.annotation).split("[")[0].split(".")[-1] == "ClassVar":
+        if ast.unparse(inner.annotation).split("[")[0].split(".")[-1] in ("ClassVar", "KW_ONLY"):
             continue
         required = inner.value is None
         if isinstance(inner.value, ast.Call) and ast.unparse(inner.value.func).endswith("field"):
@@ -221,16 +259,17 @@ def _dataclass_fields(module: Module, node: ast.ClassDef) -> Iterator[tuple[str,
             if isinstance(init := given.get("init"), ast.Constant) and init.value is False:
                 continue
             required = not given.keys() & {"default", "default_factory"}
-        yield inner.target.id, Parameter(_annotation(module, inner.annotation), required)
+        kind = _parameter(module, inner.annotation, inner.value).annotation
+        yield inner.target.id, Parameter(kind, required)
 
 
 def _annotation(module: Module, node: ast.expr | None) -> Any:
     """Evaluate an annotation; whatever needs a heavy or unknown name reads `Any`."""
     if node is None:
         return Any
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        node = ast.parse(node.value, mode="eval").body
     try:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node = ast.parse(node.value, mode="eval").body
         code = compile(ast.Expression(node), module.name, "eval")
         return eval(code, {"__builtins__": {}}, _LightNames(module))
     except Exception:

@@ -1,7 +1,7 @@
 """Magnitude: a unit matters as much as its weights are large."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class Magnitude(Structural):
     """
 
     norm: Norm = "l2"
+
+    looks_at_data: ClassVar[bool] = False
 
     def rank(self, model: PrunableModel, data: DataBundle) -> Scores:
         """Measure every unit's weights; no data is looked at."""

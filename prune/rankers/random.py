@@ -1,6 +1,7 @@
 """Random scores: the control that every other method has to beat."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,8 @@ class Random(Structural):
     """
 
     seed: Seed = 0
+
+    looks_at_data: ClassVar[bool] = False
 
     def rank(self, model: PrunableModel, data: DataBundle) -> Scores:
         """Draw a score for every unit, group by group."""

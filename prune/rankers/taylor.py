@@ -86,7 +86,7 @@ def absolute_sums(model: PrunableModel, data: DataBundle) -> dict[str, Tensor]:
                 for weight in weights:
                     weight.requires_grad_(True)
                 loss = data.task.loss(model.logits(placed), placed)
-                gradients = torch.autograd.grad(loss, weights)
+                gradients = torch.autograd.grad(loss, weights, materialize_grads=True) if weights else ()
             for group, weight, gradient in zip(groups, weights, gradients, strict=True):
                 sums[group.name] += column_sums(weight.detach() * gradient, group).cpu()
             advance("")

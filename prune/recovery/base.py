@@ -1,12 +1,9 @@
 """Recovering a pruned model by training: what all ways share, cached and resumable."""
 
-import hashlib
-import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -16,6 +13,7 @@ import utils.training
 from data.base import DataBundle
 from models.base import Batch, PrunableModel
 from models.pretrained import train, validate
+from utils.code import code_hash
 from utils.errors import InputError
 from utils.rules import Count, NonNegative, Positive
 from utils.storage import Artifact, Scratch, Store, folder_name
@@ -111,11 +109,9 @@ class TrainedRecovery(Training, ABC):
         }  # fmt: skip
 
     def _key(self, pruned: PrunableModel, dense: PrunableModel, data: DataBundle, seed: int) -> dict[str, Any]:
-        sources = [inspect.getsourcefile(type(self)), inspect.getsourcefile(utils.training)]
-        code = b"".join(Path(path).read_bytes() for path in sources if path)
         return {
             "recovery": f"{type(self).__module__}.{type(self).__qualname__}",
-            "code": hashlib.sha256(code).hexdigest(),
+            "code": code_hash(type(self), type(pruned), type(data.task), utils.training),
             "settings": asdict(replace(self, use="last")),
             "pruned": pruned.fingerprint(),
             "dense": dense.fingerprint(),
