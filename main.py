@@ -31,7 +31,7 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
     from evals.plots import draw_plots
     from evals.report import Record
     from models.checkpoint import save_model
-    from models.checks import refuse_misfit, refuse_non_finite
+    from models.checks import refuse_misfit, refuse_non_finite, refuse_untrained
     from models.cost import cost_model
     from models.pretrained import with_weights
     from prune.ranking import ranked
@@ -49,6 +49,7 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
             seed_everything(cfg.seed)
             data, model = build(cfg.data), build(cfg.model)
             model.network.to(device)
+            refuse_untrained(model)
             refuse_misfit(model, data)
             method, recovery = build(cfg.prune), build(cfg.recover)
             metrics = {name: build(node) for name, node in cfg.evals.items()}

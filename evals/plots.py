@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from prune.base import GroupPlan, Plan, Scores
 from utils.files import write_atomically
@@ -83,7 +84,7 @@ def scores_per_layer(plan: Plan, scores: Mapping[str, "np.ndarray | object"], te
     figure, panels = _panels(len(kinds))
     jitter = np.random.default_rng(0)
     for axes, (kind, groups) in zip(panels, kinds.items(), strict=True):
-        lowest = np.inf
+        lowest, highest = np.inf, 0.0
         for at, group in enumerate(groups):
             values = np.asarray(scores[group.name], dtype=float)
             kept = np.isin(np.arange(group.count), group.kept)
@@ -94,13 +95,13 @@ def scores_per_layer(plan: Plan, scores: Mapping[str, "np.ndarray | object"], te
                     spread[mask], values[mask], s=12, color=colour, edgecolors=edge, linewidths=0.4,
                     label=label if at == 0 else None,
                 )  # fmt: skip
-            lowest = min(lowest, values.min(initial=np.inf))
+            lowest, highest = min(lowest, values.min(initial=np.inf)), max(highest, values.max(initial=0.0))
         axes.set(title=f"{_plural(kind)}", xlabel="layer", ylabel=f"{term} score")
         axes.set_xticks(np.arange(len(groups)), [str(g.layer) for g in groups])
-        if 0 < lowest < np.inf:
+        if 0 < 10 * lowest < highest:
             axes.set_yscale("log")
     panels[0].legend(loc="best", fontsize=8, frameon=False)
-    figure.suptitle(f"{term}: raw score of every unit (higher is kept)")
+    figure.suptitle(f"{term}: raw score of every unit")
     return figure
 
 
@@ -116,8 +117,9 @@ def learning_curve(history: Sequence[Mapping[str, float]], title: str) -> Figure
             text = f"{name.replace('_', ' ')} (label-smoothed)" if name == "train_loss" else name.replace("_", " ")
             axes.plot(*zip(*points, strict=True), color=colour, label=text, marker="." if len(points) < 30 else None)
         axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
-    panels[0].set_yscale("log")
+    panels[0].set_ylim(bottom=0)
     figure.suptitle(title)
     return figure
 

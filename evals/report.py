@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.base import DataBundle
 from evals.base import Measurements
-from evals.table import markdown_table
+from evals.table import history_table, markdown_table
 from models.base import PrunableModel
 from prune.base import Method, Plan
 from prune.ranking import Ranking
@@ -138,6 +138,8 @@ class Record:
         parts += [f"    {self.command}", self._what_was_run()]
         if self.dense:
             parts += ["## Dense and pruned", markdown_table(self.dense, self.pruned)]
+        if self.recovery and self.recovery.history:
+            parts += ["## Recovery", history_table(self.recovery.history)]
         if self.plan and self.plan.groups:
             parts += ["## What was kept", self._kept_table()]
         parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in self.plots]
@@ -153,10 +155,21 @@ class Record:
         plan = self.plan
         if plan is None or plan.budget is None:
             return f"Nothing was pruned. Seed {self.seed}, on {place}."
-        return (
-            f"{plan.ratio_asked:.1%} of the {plan.budget} were to go, {plan.ratio_reached:.2%} went. "
-            f"Seed {self.seed}, on {place}."
+        recovery = self.recovery.facts if self.recovery else {}
+        after = (
+            f" Recovered by {recovery['method']}: {recovery['epochs']} epochs, {recovery['samples_seen']:,} samples, "
+            f"{recovery['seconds']:.1f} s; the weights after epoch {recovery['used_epoch']} are measured."
+            if recovery
+            else ""
         )
+        return (
+            f"{self._choice('model')} on {self._choice('data')}, pruned by {self.method}: {plan.ratio_asked:.1%} of "
+            f"the {plan.budget} were to go, {plan.ratio_reached:.2%} went.{after} Seed {self.seed}, on {place}."
+        )
+
+    def _choice(self, group: str) -> str:
+        """Short name of what a group was set to."""
+        return str(self.config[group]["_target_"]).rpartition(".")[2]
 
     def _kept_table(self) -> str:
         assert self.plan

@@ -61,18 +61,24 @@ def _row(job: Path) -> Row:
     path = job / "result.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        return row | _overrides(job) | {"error": f"result.json is damaged: {error}"}
-    if found is None:
-        return row | _overrides(job)
+        return row | _overrides(job) | (_facts(found) if found is not None else {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return row | _overrides(job) | {"error": f"result.json is damaged: {error!r}"}
+
+
+def _facts(found: dict[str, Any]) -> Row:
+    """What a row shows of a job's result.json."""
     plan = found["plan"] or {}
-    row |= {"status": found["status"], "error": found["error"] or "", "method": found.get("method", "")}
-    row |= {"ratio_asked": plan.get("ratio_asked"), "ratio_reached": plan.get("ratio_reached")}
-    row |= {"cache_hit": found["cache"]["hit"], "seconds": found["seconds"]["total"]}
-    row |= _overrides(job)
-    for side in ("dense", "pruned"):
-        row |= {f"{side}_{name}": measured["value"] for name, measured in found[side].items()}
-    return row
+    return {
+        "status": found["status"],
+        "error": found["error"] or "",
+        "method": found["method"],
+        "ratio_asked": plan.get("ratio_asked"),
+        "ratio_reached": plan.get("ratio_reached"),
+        "cache_hit": found["cache"]["hit"],
+        "seconds": found["seconds"]["total"],
+        **{f"{s}_{name}": measured["value"] for s in ("dense", "pruned") for name, measured in found[s].items()},
+    }
 
 
 def _overrides(job: Path) -> Row:

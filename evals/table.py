@@ -1,5 +1,7 @@
 """Dense and pruned side by side, as text."""
 
+from collections.abc import Mapping, Sequence
+
 from evals.base import Measurement, Measurements
 
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -9,6 +11,14 @@ def markdown_table(dense: Measurements, pruned: Measurements) -> str:
     """The comparison as a Markdown table."""
     lines = ["| metric | dense | pruned | change | unit |", "|---|--:|--:|--:|---|"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows(dense, pruned)])
+
+
+def history_table(history: Sequence[Mapping[str, float]]) -> str:
+    """A learning curve as a Markdown table; epoch 0 is before any training."""
+    names = list(history[-1])
+    lines = [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", f"|{'--:|' * len(names)}"]
+    cells = ([f"{row[name]:.4g}" if name in row else "" for name in names] for row in history)
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
 
 
 def rows(dense: Measurements, pruned: Measurements) -> list[tuple[str, ...]]:

@@ -136,13 +136,15 @@ class PrunableModel(ABC):
         network: The module that computes logits.
         recipe: How to build the dense network again.
         origin: Per unit group, which units of the dense network are left, (kept,).
-        training: How to obtain weights on first use; None where they came with the model.
+        training: How to obtain weights on first use; None where there is no recipe for it.
+        has_weights: Whether the weights came with the model, from a checkpoint or a hub.
     """
 
     def __init__(self, network: nn.Module, recipe: Recipe, training: Any = None) -> None:
         self.network = network.eval()
         self.recipe = recipe
         self.training = training
+        self.has_weights = False
         self.origin = {group.name: torch.arange(group.count) for group in self.unit_groups()}
 
     @abstractmethod

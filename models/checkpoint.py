@@ -99,9 +99,9 @@ def load_weights(model: M, checkpoint: str) -> M:
         path = path / WEIGHTS
     tensors = _read_tensors(path, checkpoint)
     _refuse_misfit(tensors, _untied(model), checkpoint)
-    model.network.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))
+    model.network.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))
     fill(model, tensors)
-    model.training = None
+    model.training, model.has_weights = None, True
     return model
 
 
@@ -153,9 +153,15 @@ def _read_tensors(path: Path, checkpoint: str) -> dict[str, Tensor]:
         raise InputError(message) from error
 
 
+def _shape(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "nothing"
+    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' of {tensor.dtype}'}"
+
+
 def _refuse_misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], checkpoint: str) -> None:
     for name in [*wanted, *(n for n in found if n not in wanted)]:
-        there, here = (str(tuple(side[name].shape)) if name in side else "nothing" for side in (found, wanted))
+        there, here = (_shape(side.get(name)) for side in (found, wanted))
         if there != here:
             raise InputError(
                 f"model.checkpoint={checkpoint}: first difference at {name!r}: the file has {there}, the model {here}"

@@ -22,6 +22,14 @@ def refuse_misfit(model: PrunableModel, data: DataBundle) -> None:
         raise InputError(f"model={model.name} does not fit data={data.name}: {misfit}")
 
 
+def refuse_untrained(model: PrunableModel) -> None:
+    """Raise an InputError if the model holds random weights and no way to better ones."""
+    if model.training is None and not model.has_weights:
+        raise InputError(
+            f"model={model.name}: model.training=null and model.checkpoint=null leave it at random weights; give one"
+        )
+
+
 def refuse_non_finite(model: PrunableModel) -> None:
     """Raise an InputError that names the first weight which is NaN or infinite."""
     for name, tensor in model.network.state_dict().items():

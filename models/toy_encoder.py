@@ -194,7 +194,7 @@ def toy_encoder(
     if checkpoint is not None:
         dense = toy_encoder(**stored_recipe(checkpoint, recipe).arguments)
         return load_weights(dense, checkpoint)
-    return ToyEncoder(_network(**arguments), recipe, training=training)
+    return ToyEncoder(_network(**arguments), recipe, training)
 
 
 def _network(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -139,21 +139,19 @@ class Plan:
 
 
 class Method(Protocol):
-    """A pruning method: it ranks, plans, and applies the plan to a copy of the model."""
+    """A pruning method: it ranks, plans, and applies the plan to a copy of the model.
+
+    Attributes:
+        ranks: Whether the method needs scores at all.
+        looks_at_data: Whether the scores depend on the calibration data.
+    """
+
+    ranks: ClassVar[bool]
+    looks_at_data: ClassVar[bool]
 
     @property
     def name(self) -> str:
         """Short name for files and reports."""
-        ...
-
-    @property
-    def looks_at_data(self) -> bool:
-        """Whether scores depend on the calibration data."""
-        ...
-
-    @property
-    def ranks(self) -> bool:
-        """Whether the method needs scores at all."""
         ...
 
     def check(self, costs: CostModel) -> None:

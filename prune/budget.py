@@ -73,5 +73,5 @@ def _refuse(budget: Budget, what: str, total: int, least: int) -> None:
         raise InputError(
             f"prune.ratio={budget.ratio}: would leave {limit:,} of {total:,} {what}, but with "
             f"prune.min_keep={budget.min_keep} and prune.round_to={budget.round_to} the reachable "
-            f"minimum is {least:,}; prune.ratio must be at most {largest:g}"
+            f"minimum is {least:,}; prune.ratio must be at most {largest:g}, or those two lower"
         )

@@ -28,6 +28,17 @@ def shared_storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def composed() -> Compose:
+    """Compose a run at the shipped sizes."""
+
+    def compose_it(*overrides: str) -> DictConfig:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose("config", list(overrides))
+
+    return compose_it
+
+
+@pytest.fixture
 def small_config(shared_storage: Path) -> Compose:
     """Compose a run that takes a second or two: overrides come on top of small sizes."""
 

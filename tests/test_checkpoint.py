@@ -91,6 +91,11 @@ def edited(**changes):
     return edit
 
 
+def whole_numbers(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
 def dropped_tensor(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["norm.weight"]
@@ -114,6 +119,7 @@ def dropped_tensor(folder: Path) -> None:
         (edited(units={"blocks.0.heads": [0, 9]}), r"blocks.0.heads in manifest.json are damaged; .* in \[0, 4\)"),
         (edited(units={"blocks.7.heads": [0]}), "are damaged; the groups are blocks.0.heads"),
         (edited(units=[1, 2]), "are damaged"),
+        (whole_numbers, "torch.int8"),
         (dropped_tensor, "first difference at 'norm.weight': the file has nothing"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evals.macs import counted_macs
-from models.base import Batch, PrunableModel
+from models.base import Batch, PrunableModel, Recipe
 from models.cost import cost_model
 from prune.base import Plan
 from prune.gates import gated
@@ -17,9 +18,11 @@ from prune.rankers.fisher import Fisher
 from prune.rankers.magnitude import Magnitude
 from prune.rankers.random import Random
 from prune.rankers.taylor import Taylor
+from prune.ranking import ranked
 from prune.surgery import cut, masked
 from tests.adapters import ADAPTERS, bundle_of
 from utils.hooks import is_hooked
+from utils.storage import Store
 
 RANKERS = [Fisher(), Taylor(), Taylor(variant="signed"), Taylor(variant="abs"), Magnitude(), Random()]
 TOLERANCE = 1e-5
@@ -116,6 +119,27 @@ def test_the_input_model_is_untouched_and_the_copy_has_no_hooks(adapter: tuple[P
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert {group.name: group.count for group in model.unit_groups()} == sizes
     assert not is_hooked(pruned.network) and not is_hooked(model.network)
+
+
+def test_scores_are_cached_and_the_key_knows_the_layout(adapter: tuple[PrunableModel, Batch], tmp_path: Path) -> None:
+    model, samples = adapter
+    data, store = bundle_of(samples), Store(tmp_path)
+    first, second = (ranked(Fisher(), model, data, store) for _ in range(2))
+    assert (first.hit, second.hit) == (False, True)
+    assert all(torch.equal(v, second.scores.only()[name]) for name, v in first.scores.only().items())
+    pruned = cut(model, random_plan(model, 0))
+    assert not ranked(Fisher(), pruned, data, store).hit
+    model.recipe = Recipe(model.recipe.builder, {"heads": "other"})
+    assert not ranked(Fisher(), model, data, store).hit, "weights of the same shape may mean another model"
+
+
+@pytest.mark.parametrize("ranker", RANKERS, ids=lambda r: r.name)
+def test_emptied_models_can_be_ranked(adapter: tuple[PrunableModel, Batch], ranker: Fisher) -> None:
+    model, samples = adapter
+    for plan in plans(model):
+        pruned = cut(model, plan)
+        scores = ranker.rank(pruned, bundle_of(samples)).only()
+        assert {g.name: (g.count,) for g in pruned.unit_groups()} == {n: tuple(v.shape) for n, v in scores.items()}
 
 
 def test_copying_a_gated_model_is_refused(adapter: tuple[PrunableModel, Batch]) -> None:

@@ -152,4 +152,9 @@ def _holds_object(value: object) -> bool:
 def _shown(value: object) -> str:
     if value is None:
         return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(map(str, value)) + "}"
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and value:
+        return repr(value)  # text that looks like a number
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"

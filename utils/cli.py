@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from utils.compose import CommandLine, command_line_problems
 from utils.errors import InputError, RunError
 
-WRONG_INPUT, RUN_FAILED = 2, 1
+WRONG_INPUT, RUN_FAILED, INTERRUPTED = 2, 1, 130
 
 
 def launch(main: Callable[[], None], config_dir: Path) -> None:
@@ -56,6 +56,9 @@ def exit_codes() -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (InputError, RunError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
@@ -24,7 +25,10 @@ from utils.config import ROOT_RULES
 from utils.rules import broken_rule
 
 # OmegaConf lets bare ValueErrors, AttributeErrors and AssertionErrors of odd values through
-CANNOT_COMPOSE = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError)
+CANNOT_COMPOSE = (
+    HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError, OSError,
+    yaml.YAMLError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ def command_line_problems(line: CommandLine) -> list[str]:
         return [f"--config-dir={line.extra_dir}: must be an existing folder"]
     if not (line.config_dir / f"{line.config_name}.yaml").is_file():
         return [f"--config-name={line.config_name}: there is no such file in {line.config_dir}"]
+    if unreadable := [o for o in line.overrides if not _can_be_read(o)]:
+        rule = "must be key=value; quote values with spaces or special characters: 'key=\"a value\"'"
+        return [f"{override}: cannot be read; it {rule}" for override in unreadable]
     with initialize_config_dir(str(line.config_dir.absolute()), version_base="1.3"):
         try:
             jobs = list(_jobs(line))
@@ -51,6 +58,14 @@ def command_line_problems(line: CommandLine) -> list[str]:
             return [_first_line(error)]
         found = [problem for job in jobs for problem in _job_problems(line, job)]
     return list(dict.fromkeys(found))
+
+
+def _can_be_read(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
 
 
 def _loader() -> ConfigLoader:
@@ -114,7 +129,9 @@ def _sweeper_params(line: CommandLine, overrides: list[str]) -> list[str]:
 def _job_problems(line: CommandLine, overrides: list[str]) -> list[str]:
     try:
         cfg = compose(line.config_name, overrides)
-        return [*_private_options(overrides), *_ignored_additions(cfg, overrides), *find_problems(cfg)]
+        if misused := list(_misused_groups(overrides)):
+            return misused
+        return [*_ignored_additions(cfg, overrides), *find_problems(cfg)]
     except CANNOT_COMPOSE as error:
         problems, good = _guilty(line, overrides)
         try:
@@ -123,12 +140,14 @@ def _job_problems(line: CommandLine, overrides: list[str]) -> list[str]:
             return problems or [_first_line(error)]
 
 
-def _private_options(overrides: list[str]) -> Iterator[str]:
-    """Find options such as `prune=_structural`, which only hold what others share."""
+def _misused_groups(overrides: list[str]) -> Iterator[str]:
+    """Find options such as `prune=_structural`, which only hold what others share, and lists of two methods."""
     for override in OverridesParser.create(config_loader=_loader()).parse_overrides(overrides):
         value = override.value()
         if _is_group(override) and isinstance(value, str) and value.startswith("_"):
             yield _explain_group(override, HydraException(""))
+        if _is_group(override) and isinstance(value, list) and override.key_or_group != "evals":
+            yield f"{override.input_line}: {override.key_or_group} takes one option, not a list (a sweep needs -m)"
 
 
 def _ignored_additions(cfg: DictConfig, overrides: list[str]) -> Iterator[str]:
@@ -145,10 +164,10 @@ def _ignored_additions(cfg: DictConfig, overrides: list[str]) -> Iterator[str]:
 def _guilty(line: CommandLine, overrides: list[str]) -> tuple[list[str], list[str]]:
     """Try overrides one by one on top of the good ones; return the problems and the good."""
     parsed = OverridesParser.create(config_loader=_loader()).parse_overrides(overrides)
-    groups = [o for o in parsed if _is_group(o)]
-    values = [o for o in parsed if not _is_group(o)]
+    # where options are found decides what is one; groups decide which keys there are
+    order = sorted(parsed, key=lambda o: (not o.is_hydra_override(), not _is_group(o)))
     problems, good = [], []
-    for override in [*groups, *values]:
+    for override in order:
         text = override.input_line or ""
         try:
             compose(line.config_name, [*good, text])

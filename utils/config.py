@@ -52,7 +52,8 @@ def build(node: DictConfig | dict, **runtime: Any) -> Any:
             left out, so that a target asks for what it needs by naming it.
 
     Raises:
-        InputError, RunError: As the target raises them, without Hydra's wrapping.
+        InputError: As the target raises it, or because it can't be built with these values.
+        RunError: As the target raises it.
     """
     wanted = inspect.signature(_locate(node["_target_"])).parameters if runtime else {}
     extra = {name: value for name, value in runtime.items() if name in wanted}
@@ -61,7 +62,7 @@ def build(node: DictConfig | dict, **runtime: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, InputError | RunError):
             raise error.__cause__ from None
-        raise
+        raise InputError(f"{node['_target_']} cannot be built: {error.__cause__ or error}") from error
 
 
 def _locate(target: str) -> Any:

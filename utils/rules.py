@@ -36,11 +36,11 @@ class Range:
 
     def __str__(self) -> str:
         if self.high is None:
-            return f"{'above' if self.open_low else 'at least'} {self.low:g}"
+            return f"{'above' if self.open_low else 'at least'} {self.low}"
         if self.low is None:
-            return f"{'below' if self.open_high else 'at most'} {self.high:g}"
+            return f"{'below' if self.open_high else 'at most'} {self.high}"
         left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        return f"in {left}{self.low:g}, {self.high:g}{right}"
+        return f"in {left}{self.low}, {self.high}{right}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ class Exists:
 
     def broken_by(self, value: str) -> str | None:
         """Return the rule as a sentence if nothing lies at `value`, else None."""
-        return None if Path(value).exists() else "must be an existing file or folder"
+        try:
+            found = bool(value) and Path(value).exists()
+        except (OSError, ValueError):  # a name too long, or with a null byte
+            found = False
+        return None if found else "must be an existing file or folder"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Writable:
 
     def broken_by(self, value: str) -> str | None:
         """Return the rule as a sentence if `value` is not such a folder, else None."""
+        if not value or "\0" in value or any(len(os.fsencode(part)) > 255 for part in Path(value).parts):
+            return "must be a folder's path, each name at most 255 bytes long"
         path = Path(value).absolute()
         nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
         if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):

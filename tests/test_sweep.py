@@ -1,0 +1,95 @@
+"""Sweeps: their files, their failures, and that a job equals the same run by itself."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evals.sweep import main, rebuild
+from tests.conftest import SMALL
+from tests.test_cli import ROOT, call
+
+FAST = [s for s in SMALL if not s.startswith("evals.")]
+
+
+def rows_of(sweep: Path) -> list[dict[str, str]]:
+    with (sweep / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str], Path]:
+    """A sweep over two methods and three ratios, of which the largest can't be reached."""
+    cwd = tmp_path_factory.mktemp("sweep")
+    done = call("-m", "prune=taylor,random", "prune.ratio=0.2,0.4,0.99", "evals=[accuracy,macs]", *FAST, cwd=cwd)
+    (folder,) = cwd.glob("multirun/*/*")
+    return folder, done, cwd
+
+
+def test_a_sweep_leaves_table_report_and_plot(swept) -> None:
+    folder, done, _ = swept
+    rows = rows_of(folder)
+    assert done.returncode == 1, "jobs failed"
+    assert [row["status"] for row in rows] == ["ok", "ok", "failed"] * 2
+    assert all("prune.ratio=0.99" in row["error"] for row in rows if row["status"] == "failed")
+    assert [row["prune.ratio"] for row in rows] == ["0.2", "0.4", "0.99"] * 2
+    assert [row["cache_hit"] for row in rows if row["status"] == "ok"] == ["False", "True"] * 2, "ranked once a method"
+    assert all(float(row["pruned_macs"]) < float(row["dense_macs"]) for row in rows if row["status"] == "ok")
+    report = (folder / "report.md").read_text()
+    assert "Job 2 failed" in report and "pareto.png" in report and "| taylor | 0.2 |" in report
+    assert (folder / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_report_can_be_rebuilt_at_any_time(swept) -> None:
+    folder, *_ = swept
+    before = (folder / "results.csv").read_text()
+    for name in ("results.csv", "report.md", "pareto.png"):
+        (folder / name).unlink()
+    command = [sys.executable, "-m", "evals.report", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "6 jobs, 2 not ok" in done.stdout
+    assert (folder / "results.csv").read_text() == before and (folder / "pareto.png").is_file()
+
+
+def test_a_job_equals_the_same_run_by_itself(swept, tmp_path: Path) -> None:
+    folder, _, cwd = swept
+    swept_job = json.loads((folder / "4" / "result.json").read_text())
+    arguments = ["prune=random", "prune.ratio=0.4", "evals=[accuracy,macs]", *FAST]
+    assert call(*arguments, cwd=tmp_path).returncode == 0
+    (path,) = tmp_path.glob("outputs/*/*/result.json")
+    alone = json.loads(path.read_text())
+    for key in ("dense", "pruned", "plan", "fingerprints", "history"):
+        assert alone[key] == swept_job[key], key
+    assert (path.parent / "plan.json").read_bytes() == (folder / "4" / "plan.json").read_bytes()
+
+
+def job(folder: Path, number: int, text: str | None) -> None:
+    (folder / str(number)).mkdir()
+    if text is not None:
+        (folder / str(number) / "result.json").write_text(text)
+
+
+def test_missing_and_damaged_results_are_rows_too(tmp_path: Path, capsys) -> None:
+    job(tmp_path, 0, None)
+    job(tmp_path, 1, '{"half')
+    job(tmp_path, 10, "[]")
+    failed = {
+        "status": "failed",
+        "error": "out | of\nmemory",
+        "method": "none",
+        "plan": None,
+        "dense": {},
+        "pruned": {},
+    }
+    job(tmp_path, 9, json.dumps(failed | {"cache": {"hit": False}, "seconds": {"total": 1.5}}))
+    (tmp_path / "notes").mkdir()
+    rows = rebuild(tmp_path)
+    assert [row["job"] for row in rows] == [0, 1, 9, 10]
+    assert [row["status"] for row in rows] == ["unfinished", "unfinished", "failed", "unfinished"]
+    assert "out \\| of memory" in (tmp_path / "report.md").read_text()
+    assert main([str(tmp_path)]) == 0 and main([str(tmp_path / "nowhere")]) == 2 and main([]) == 2
+    empty = tmp_path / "notes"
+    assert main([str(empty)]) == 2 and not list(empty.iterdir())
