@@ -49,6 +49,8 @@ def rebuild(sweep: Path) -> list[Row]:
     """
     jobs = sorted((p for p in sweep.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
     rows = [_row(job) for job in jobs]
+    if not rows:
+        return rows
     write_atomically(sweep / "results.csv", _csv(rows).encode())
     drawn = _draw_pareto(rows, sweep / "pareto.png")
     write_atomically(sweep / "report.md", _markdown(rows, drawn).encode())
