@@ -89,9 +89,10 @@ def scores_per_layer(plan: Plan, scores: Mapping[str, "np.ndarray | object"], te
             spread = at + jitter.uniform(-0.3, 0.3, group.count)
             for mask, colour, label in ((~kept, GONE, "removed"), (kept, KEPT, "kept")):
                 edge = "#8a8a8a" if colour == GONE else colour
-                axes.scatter(
-                    spread[mask], values[mask], s=12, color=colour, edgecolors=edge, linewidths=0.4,
-                    label=label if at == 0 else None,
+                # plot draws markers of one style several times faster than scatter
+                axes.plot(
+                    spread[mask], values[mask], "o", markersize=3.5, color=colour, markeredgecolor=edge,
+                    markeredgewidth=0.4, label=label if at == 0 else None,
                 )  # fmt: skip
             lowest, highest = min(lowest, values.min(initial=np.inf)), max(highest, values.max(initial=0.0))
         axes.set(title=f"{_plural(kind)}", xlabel="layer", ylabel=f"{term} score")

@@ -56,7 +56,7 @@ class TrainedRecovery(Training, ABC):
             loss (which looks at the split that the metrics are measured on).
     """
 
-    epochs: Count = 15
+    epochs: Count = 30
     learning_rate: Positive = 1e-3
     weight_decay: NonNegative = 0.05
     use: Literal["last", "best"] = "last"
