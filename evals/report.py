@@ -87,6 +87,7 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """The content of result.json."""
+        trained = self.recovery if self.recovery and self.recovery.history else None
         return {
             "name": self.name,
             "status": self.status,
@@ -103,7 +104,7 @@ class Record:
             "cache": self.cache,
             "method": self.method,
             "history": self.history,
-            "recovery": {**self.recovery.facts, "history": self.recovery.history} if self.recovery else None,
+            "recovery": {**trained.facts, "history": trained.history} if trained else None,
             "seconds": self.seconds,
             "warnings": self.warnings(),
         }
