@@ -52,7 +52,7 @@ class PeakMemory:
         return Measurement(weights + activations, "byte", details=details)
 
 
-def peak_on_cuda(run: Callable[[], None]) -> int:
+def peak_on_cuda(run: Callable[[], object]) -> int:
     """Most bytes that a function holds at once beyond what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -62,7 +62,7 @@ def peak_on_cuda(run: Callable[[], None]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def peak_on_cpu(run: Callable[[], None]) -> int | None:
+def peak_on_cpu(run: Callable[[], object]) -> int | None:
     """Most bytes that a function holds at once, from every allocation torch's CPU allocator makes."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
