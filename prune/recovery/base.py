@@ -56,9 +56,9 @@ class TrainedRecovery(Training, ABC):
             loss (which looks at the split that the metrics are measured on).
     """
 
-    epochs: Count = 30
-    learning_rate: Positive = 1e-3
-    weight_decay: NonNegative = 0.05
+    epochs: Count = 40
+    learning_rate: Positive = 3e-3
+    weight_decay: NonNegative = 0.3
     use: Literal["last", "best"] = "last"
 
     @abstractmethod
