@@ -54,10 +54,13 @@ def command_line_problems(line: CommandLine) -> list[str]:
     with initialize_config_dir(str(line.config_dir.absolute()), version_base="1.3"):
         try:
             jobs = list(_jobs(line))
+            distinct = list(dict.fromkeys(override for job in jobs for override in job))
+            misused = dict(_misused_groups(distinct))
         except CANNOT_COMPOSE as error:
             return [_first_line(error)]
-        found = [problem for job in jobs for problem in _job_problems(line, job)]
-    return list(dict.fromkeys(found))
+        rest = [[override for override in job if override not in misused] for job in jobs]
+        found = [problem for job in rest for problem in _job_problems(line, job)]
+    return list(dict.fromkeys([*misused.values(), *found]))
 
 
 def _can_be_read(override: str) -> bool:
@@ -129,8 +132,6 @@ def _sweeper_params(line: CommandLine, overrides: list[str]) -> list[str]:
 def _job_problems(line: CommandLine, overrides: list[str]) -> list[str]:
     try:
         cfg = compose(line.config_name, overrides)
-        if misused := list(_misused_groups(overrides)):
-            return misused
         return [*_ignored_additions(cfg, overrides), *find_problems(cfg)]
     except CANNOT_COMPOSE as error:
         problems, good = _guilty(line, overrides)
@@ -140,21 +141,23 @@ def _job_problems(line: CommandLine, overrides: list[str]) -> list[str]:
             return problems or [_first_line(error)]
 
 
-def _misused_groups(overrides: list[str]) -> Iterator[str]:
+def _misused_groups(overrides: list[str]) -> Iterator[tuple[str, str]]:
     """Find options such as `prune=_structural`, which only hold what others share, and lists of two methods."""
     for override in OverridesParser.create(config_loader=_loader()).parse_overrides(overrides):
         value = override.value()
         if _is_group(override) and isinstance(value, str) and value.startswith("_"):
-            yield _explain_group(override, HydraException(""))
+            yield override.input_line or "", _explain_group(override, HydraException(""))
         if _is_group(override) and isinstance(value, list) and override.key_or_group != "evals":
-            yield f"{override.input_line}: {override.key_or_group} takes one option, not a list (a sweep needs -m)"
+            rule = f"{override.key_or_group} takes one option, not a list (a sweep needs -m)"
+            yield override.input_line or "", f"{override.input_line}: {rule}"
 
 
 def _ignored_additions(cfg: DictConfig, overrides: list[str]) -> Iterator[str]:
     """Find `+evals=x` beside `evals=[...]`, which Hydra leaves out without a word."""
-    for override in OverridesParser.create(config_loader=_loader()).parse_overrides(overrides):
+    added = [override for override in overrides if override.startswith("+")]
+    for override in OverridesParser.create(config_loader=_loader()).parse_overrides(added):
         group, name = override.key_or_group, override.value()
-        if override.is_add() and _is_group(override) and group != "experiment" and isinstance(name, str):
+        if _is_group(override) and group != "experiment" and isinstance(name, str):
             node = OmegaConf.select(cfg, group)
             if OmegaConf.is_dict(node) and "_target_" not in node and name not in node:
                 everything = ",".join([*map(str, node), name])
