@@ -17,6 +17,9 @@ from utils.config import build
 if TYPE_CHECKING:
     from evals.report import Record
 
+# what a component from anywhere must be able to do
+METHOD, RECOVERY, METRIC = ("check", "rank", "plan", "apply"), ("recover",), ("measure",)
+
 
 def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record":
     """Score a model's units, keep the best within a budget, cut the rest away, measure both.
@@ -51,8 +54,9 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
             model.network.to(device)
             refuse_untrained(model)
             refuse_misfit(model, data)
-            method, recovery = build(cfg.prune), build(cfg.recover)
-            metrics = {name: build(node) for name, node in cfg.evals.items()}
+            method, recovery = build(cfg.prune, METHOD), build(cfg.recover, RECOVERY)
+            metrics = {name: build(node, METRIC) for name, node in cfg.evals.items()}
+            record.method = method.name
             costs = cost_model(model, data.example)
             method.check(costs)
         with record.phase("train"):
@@ -61,7 +65,7 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
             refuse_non_finite(model)
         with record.phase("rank"):
             ranking = ranked(method, model, data, store)
-            record.note(method, model, data, ranking)
+            record.note(model, data, ranking)
         with record.phase("search"):
             record.plan = plan = method.plan(model, ranking.scores, costs)
             plan.save(out / "plan.json")

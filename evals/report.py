@@ -14,7 +14,7 @@ from data.base import DataBundle
 from evals.base import Measurements
 from evals.table import history_table, markdown_table
 from models.base import PrunableModel
-from prune.base import Method, Plan
+from prune.base import Plan
 from prune.ranking import Ranking
 from prune.recovery.base import Recovered
 from utils.files import write_atomically
@@ -40,7 +40,7 @@ class Record:
     plan: Plan | None = None
     cache: dict[str, Any] = field(default_factory=lambda: {"hit": False, "path": None})
     history: list[dict[str, float]] = field(default_factory=list)
-    method: str = "none"
+    method: str = ""
     recovery: Recovered | None = None
     plots: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -51,9 +51,8 @@ class Record:
         config = OmegaConf.to_container(cfg, resolve=True)
         return cls(cfg.name, config, cfg.seed, versions, command)  # type: ignore[arg-type]
 
-    def note(self, method: Method, model: PrunableModel, data: DataBundle, ranking: Ranking) -> None:
+    def note(self, model: PrunableModel, data: DataBundle, ranking: Ranking) -> None:
         """Take in what the scores were made from, and where they lie."""
-        self.method = method.name
         self.fingerprints = {"model": model.fingerprint(), "data": data.fingerprint, "scores": ranking.fingerprint}
         self.cache = {"hit": ranking.hit, "path": str(ranking.path) if ranking.path else None}
 
@@ -122,6 +121,8 @@ class Record:
             notes.append(f"The run failed: {self.error}")
         if self.plan and self.plan.budget and self.plan.is_identity:
             notes.append("The plan keeps everything: dense and pruned are the same function.")
+        if self.status == "ok" and not self.dense:
+            notes.append("No metric was selected (evals): nothing was measured.")
         if "macs" in self.pruned and "latency" not in self.pruned:
             notes.append("Latency was not measured: fewer MACs are no speed-up by themselves.")
         gain = self.pruned["latency"].details.get("speedup") if "latency" in self.pruned else None

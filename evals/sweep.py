@@ -21,6 +21,7 @@ from utils.files import write_atomically
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+TIMED = ("latency", "throughput")
 FIXED = ("job", "status", "error", "method", "ratio_asked", "ratio_reached", "cache_hit", "seconds")
 
 
@@ -112,18 +113,27 @@ def _varied(rows: Sequence[Row]) -> list[str]:
 
 def _markdown(rows: Sequence[Row], pareto: bool) -> str:
     metrics = [c for c in _columns(rows) if c.startswith("pruned_")]
-    columns = ["job", "status", *_varied(rows), "ratio_reached", *metrics, "seconds"]
+    dense = _common_dense(rows, metrics)
+    shown = metrics if dense else [side + m.removeprefix("pruned_") for m in metrics for side in ("dense_", "pruned_")]
+    columns = ["job", "status", *_varied(rows), "ratio_reached", *shown, "seconds"]
     failed = [row for row in rows if row["status"] != "ok"]
     lines = [f"# Sweep of {len(rows)} jobs", ""]
     lines += [f"> **Job {row['job']} {row['status']}.** {_one_line(row['error'])}\n" for row in failed]
     lines += [f"| {' | '.join(columns)} |", f"|{'|'.join('--:' for _ in columns)}|"]
     lines += [f"| {' | '.join(_shown(row.get(column)) for column in columns)} |" for row in rows]
-    dense = next((row for row in rows if row["status"] == "ok"), {})
     values = ", ".join(
         f"{m.removeprefix('pruned_')} {_shown(dense.get(m.replace('pruned_', 'dense_')))}" for m in metrics
     )
     lines += ["", f"Dense: {values}.", ""] if dense else [""]
     return "\n".join([*lines, "![Pareto](pareto.png)", ""] if pareto else lines)
+
+
+def _common_dense(rows: Sequence[Row], metrics: Sequence[str]) -> Row:
+    """The dense model's row if all jobs share it by quality and size; jobs of several models have none."""
+    ok = [row for row in rows if row["status"] == "ok"]
+    stable = [m.replace("pruned_", "dense_") for m in metrics if m.removeprefix("pruned_") not in TIMED]
+    same = all(row.get(column) == ok[0].get(column) for row in ok for column in stable)
+    return ok[0] if ok and same else {}
 
 
 def _one_line(text: object) -> str:

@@ -146,6 +146,7 @@ def test_token_vectors_run(small_config: Compose, tmp_path: Path) -> None:
 def test_no_metric_at_all(small_config: Compose, tmp_path: Path) -> None:
     found = run(small_config("evals=[]"), tmp_path).to_json()
     assert found["status"] == "ok" and found["dense"] == found["pruned"] == {}
+    assert any("No metric was selected" in warning for warning in found["warnings"])
 
 
 def test_ratio_zero_keeps_everything(small_config: Compose, tmp_path: Path) -> None:
@@ -177,6 +178,14 @@ def test_an_empty_calibration_set_is_refused(small_config: Compose, tmp_path: Pa
 def test_a_model_of_other_classes_is_refused(small_config: Compose, tmp_path: Path) -> None:
     fails(small_config("model.classes=5"), tmp_path, InputError, "model=toy_encoder does not fit data=digits")
     fails(small_config("model.image_size=16"), tmp_path, InputError, "model=toy_encoder cannot run on data=digits")
+
+
+@pytest.mark.parametrize("node", ["prune", "recover", "evals.accuracy"])
+def test_a_target_of_another_kind_is_refused_before_any_work(small_config: Compose, tmp_path: Path, node: str) -> None:
+    cfg = small_config(f"storage={tmp_path / 's'}")
+    OmegaConf.update(cfg, node, {"_target_": "collections.Counter"}, merge=False, force_add=True)
+    fails(cfg, tmp_path / "out", InputError, "collections.Counter: gives a Counter without")
+    assert not (tmp_path / "s").exists()
 
 
 def test_nan_weights_are_named(small_config: Compose, tmp_path: Path) -> None:

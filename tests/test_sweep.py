@@ -66,6 +66,22 @@ def test_a_job_equals_the_same_run_by_itself(swept, tmp_path: Path) -> None:
     assert (path.parent / "plan.json").read_bytes() == (folder / "4" / "plan.json").read_bytes()
 
 
+def test_a_failed_job_keeps_its_method_and_says_so_at_once(swept) -> None:
+    folder, done, _ = swept
+    assert [row["method"] for row in rows_of(folder)] == ["taylor_batch"] * 3 + ["random"] * 3
+    assert "job 2 failed: prune.ratio=0.99" in done.stderr and "job 5 failed" in done.stderr
+
+
+def test_several_dense_models_are_shown_row_by_row(tmp_path: Path) -> None:
+    for number, accuracy in enumerate((0.9, 0.8)):
+        sides = {"dense": {"accuracy": {"value": accuracy}}, "pruned": {"accuracy": {"value": 0.7}}}
+        rest = {"status": "ok", "error": None, "method": "m", "plan": None, "cache": {"hit": False}}
+        job(tmp_path, number, json.dumps(sides | rest | {"seconds": {"total": 1.0}}))
+    rebuild(tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "dense_accuracy" in report and "Dense:" not in report and "| 0.8 | 0.7 |" in report
+
+
 def job(folder: Path, number: int, text: str | None) -> None:
     (folder / str(number)).mkdir()
     if text is not None:

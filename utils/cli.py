@@ -61,6 +61,7 @@ def exit_codes() -> Iterator[None]:
         sys.exit(INTERRUPTED)
     except (InputError, RunError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
+            print(f"job {HydraConfig.get().job.num} failed: {error}", file=sys.stderr)
             raise
         if os.environ.get("HYDRA_FULL_ERROR"):
             traceback.print_exc()

@@ -43,11 +43,12 @@ ROOT_RULES: dict[str, Any] = {
 ConfigStore.instance().store(name="root", node=Config)
 
 
-def build(node: DictConfig | dict, **runtime: Any) -> Any:
+def build(node: DictConfig | dict, needs: tuple[str, ...] = (), **runtime: Any) -> Any:
     """Instantiate a `_target_` node; lists and mappings in it arrive as plain Python.
 
     Args:
         node: A node with a `_target_`.
+        needs: Methods that the object must have.
         runtime: Arguments known only at run time; those that the target does not take are
             left out, so that a target asks for what it needs by naming it.
 
@@ -58,11 +59,16 @@ def build(node: DictConfig | dict, **runtime: Any) -> Any:
     wanted = inspect.signature(_locate(node["_target_"])).parameters if runtime else {}
     extra = {name: value for name, value in runtime.items() if name in wanted}
     try:
-        return instantiate(node, _convert_="all", **extra)
+        built = instantiate(node, _convert_="all", **extra)
     except InstantiationException as error:
         if isinstance(error.__cause__, InputError | RunError):
             raise error.__cause__ from None
         raise InputError(f"{node['_target_']} cannot be built: {error.__cause__ or error}") from error
+    if missing := [name for name in needs if not callable(getattr(built, name, None))]:
+        raise InputError(
+            f"{node['_target_']}: gives a {type(built).__name__} without {', '.join(missing)}; it needs them"
+        )
+    return built
 
 
 def _locate(target: str) -> Any:
