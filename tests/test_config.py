@@ -50,7 +50,7 @@ def test_every_yaml_starts_with_its_command(path: Path) -> None:
         ("-m", "prune.ratio=0.1,0.2", "prune=taylor,fisher"),
         ("-m", "prune.ratio=range(0.1,0.4,0.1)", "model.heads=choice(2,4)"),
         ("-m", "+experiment=glob(*)"),
-        ("hydra.run.dir=/tmp/x", "hydra.job_logging.root.level=ERROR"),
+        ("hydra.run.dir=elsewhere", "hydra.job_logging.root.level=ERROR"),
         ("model.image_size=null", "model.tokens=4", "model.token_width=2"),
         ("prune.budget=params", "prune.min_keep=0", "prune.round_to=8", "prune.normalize=lamp"),
     ],
