@@ -1,6 +1,7 @@
 """The record of a run, and the files it leaves: result.json and report.md."""
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,9 @@ class Record:
             self.error = f"{type(error).__name__}: {error}"
             raise
         finally:
-            write_atomically(out / "result.json", json.dumps(self.to_json(), indent=1, allow_nan=False).encode())
+            write_atomically(
+                out / "result.json", json.dumps(_finite(self.to_json()), indent=1, allow_nan=False).encode()
+            )
             write_atomically(out / "report.md", self.to_markdown().encode())
 
     def add(self, found: Sequence[Measurements]) -> None:
@@ -182,6 +185,15 @@ class Record:
     def _provenance(self) -> str:
         found = ", ".join(f"{name} `{(value or 'none')[:16]}`" for name, value in self.fingerprints.items())
         return f"Fingerprints: {found}. {self.scores_from().capitalize()}."
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not know, by null wherever they stand."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

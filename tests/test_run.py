@@ -237,6 +237,13 @@ def test_a_failing_metric_keeps_what_was_measured_before(small_config: Compose, 
     assert "The run failed" in (tmp_path / "report.md").read_text()
 
 
+def test_a_record_is_written_even_with_values_that_json_does_not_know(small_config: Compose, tmp_path: Path) -> None:
+    record = Record.begin(small_config("evals=[]"), {}, "python main.py")
+    with record.kept_in(tmp_path):
+        record.history = [{"epoch": 1.0, "validation_loss": float("inf")}]
+    assert result(tmp_path)["history"] == [{"epoch": 1.0, "validation_loss": None}]
+
+
 def test_a_checkpoint_in_half_precision_loads(small_config: Compose, tmp_path: Path) -> None:
     model = toy_encoder(classes=10, image_size=8)
     save_file({n: t.bfloat16() for n, t in model.network.state_dict().items()}, tmp_path / "half.safetensors")

@@ -1,7 +1,5 @@
 """The typed root of the configuration, and the one place that turns nodes into objects."""
 
-import importlib
-import inspect
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,23 +41,19 @@ ROOT_RULES: dict[str, Any] = {
 ConfigStore.instance().store(name="root", node=Config)
 
 
-def build(node: DictConfig | dict, needs: tuple[str, ...] = (), **runtime: Any) -> Any:
+def build(node: DictConfig | dict, needs: tuple[str, ...] = ()) -> Any:
     """Instantiate a `_target_` node; lists and mappings in it arrive as plain Python.
 
     Args:
         node: A node with a `_target_`.
         needs: Methods that the object must have.
-        runtime: Arguments known only at run time; those that the target does not take are
-            left out, so that a target asks for what it needs by naming it.
 
     Raises:
         InputError: As the target raises it, or because it can't be built with these values.
         RunError: As the target raises it.
     """
-    wanted = inspect.signature(_locate(node["_target_"])).parameters if runtime else {}
-    extra = {name: value for name, value in runtime.items() if name in wanted}
     try:
-        built = instantiate(node, _convert_="all", **extra)
+        built = instantiate(node, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, InputError | RunError):
             raise error.__cause__ from None
@@ -69,8 +63,3 @@ def build(node: DictConfig | dict, needs: tuple[str, ...] = (), **runtime: Any) 
             f"{node['_target_']}: gives a {type(built).__name__} without {', '.join(missing)}; it needs them"
         )
     return built
-
-
-def _locate(target: str) -> Any:
-    module, _, name = target.rpartition(".")
-    return getattr(importlib.import_module(module), name)

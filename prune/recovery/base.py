@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from utils.errors import InputError
 from utils.rules import Count, NonNegative, Positive
 from utils.storage import Artifact, Scratch, Store, folder_name
 from utils.training import History, Training
-
-M = TypeVar("M", bound=PrunableModel)
 
 
 @dataclass(frozen=True)
