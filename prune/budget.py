@@ -69,9 +69,10 @@ def refuse_unreachable(costs: CostModel, budget: Budget) -> None:
 def _refuse(budget: Budget, what: str, total: int, least: int) -> None:
     limit = budget.limit(total)
     if least > limit:
+        hint = ", or those two lower" if budget.min_keep > 1 or budget.round_to > 1 else ""
         largest = floor(10_000 * (1 - least / total)) / 10_000
         raise InputError(
             f"prune.ratio={budget.ratio}: would leave {limit:,} of {total:,} {what}, but with "
             f"prune.min_keep={budget.min_keep} and prune.round_to={budget.round_to} the reachable "
-            f"minimum is {least:,}; prune.ratio must be at most {largest:g}, or those two lower"
+            f"minimum is {least:,}; prune.ratio must be at most {largest:g}{hint}"
         )

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,3 +112,24 @@ def test_missing_and_damaged_results_are_rows_too(tmp_path: Path, capsys) -> Non
     assert main([str(tmp_path)]) == 0 and main([str(tmp_path / "nowhere")]) == 2 and main([]) == 2
     empty = tmp_path / "notes"
     assert main([str(empty)]) == 2 and not list(empty.iterdir())
+
+
+def test_an_interrupted_sweep_keeps_its_table(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    wanted = ["recover=finetune", "recover.epochs=1,100000", "evals=[accuracy]", f"hydra.sweep.dir={sweep}"]
+    running = subprocess.Popen([sys.executable, str(ROOT / "main.py"), "-m", *FAST, *wanted], cwd=tmp_path)
+    try:
+        until(lambda: (sweep / "1" / "plan.json").is_file(), seconds=120)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) == 130
+    finally:
+        running.kill()
+    assert [row["status"] for row in rows_of(sweep)] == ["ok", "failed"]
+    assert "KeyboardInterrupt" in rows_of(sweep)[1]["error"]
+
+
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"nothing happened within {seconds} s"
+        time.sleep(0.05)

@@ -15,6 +15,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from evals.sweep import rebuild
 from utils.compose import CommandLine, command_line_problems
 from utils.errors import InputError, RunError
 
@@ -58,6 +59,8 @@ def exit_codes() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept", file=sys.stderr)
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            rebuild(Path(HydraConfig.get().sweep.dir))
         sys.exit(INTERRUPTED)
     except (InputError, RunError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
