@@ -30,6 +30,7 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
         command: What to type to repeat it.
     """
     # torch is imported only now, so that help and mistakes in the configuration answer at once
+    from data.base import prepared
     from evals.evaluate import evaluate
     from evals.plots import draw_plots
     from evals.report import Record
@@ -50,7 +51,9 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
             device = resolve_device(cfg.device)
             record.device = describe_device(device)
             seed_everything(cfg.seed)
-            data, model = build(cfg.data), build(cfg.model)
+            source, model = build(cfg.data), build(cfg.model)
+            data = prepared(source, model)
+            record.data_notes = list(data.notes)
             model.network.to(device)
             refuse_untrained(model)
             refuse_misfit(model, data)

@@ -2,18 +2,32 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from evals.scores import f1, matthews, standard_error
 from utils.errors import InputError
 from utils.training import TrainBatches
 
+if TYPE_CHECKING:
+    from models.base import PrunableModel
+
 Batch = dict[str, Tensor]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+Predictions = Iterable[tuple[Tensor, Batch]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of a task's metrics: a fraction or a correlation, or None with a reason."""
+
+    value: float | None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    reason: str | None = None
 
 
 class Task(Protocol):
@@ -24,8 +38,17 @@ class Task(Protocol):
         """What the task is called."""
         ...
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Tensors of a batch that scoring needs beside the logits; the others need not be kept."""
+        ...
+
     def loss(self, logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """Mean loss of a batch, a scalar in float32."""
+        ...
+
+    def figures(self, predictions: Predictions) -> dict[str, Figure]:
+        """The task's own metrics over a whole split, the one to quote first."""
         ...
 
     def quality(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -43,22 +66,40 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Classification:
-    """One label out of `classes` per sample: logits (B, C), labels (B,)."""
+    """One label out of `classes` per sample: logits (B, C), labels (B,).
+
+    Attributes:
+        classes: Number of labels, C.
+        name: What the task is called.
+        metrics: Which of `accuracy`, `f1` and `matthews` it is scored by.
+    """
 
     classes: int
     name: str = "classification"
+    metrics: tuple[str, ...] = ("accuracy",)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The labels."""
+        return ("labels",)
 
     def loss(self, logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy in nats."""
         return cross_entropy(logits.float(), batch["labels"], label_smoothing=label_smoothing)
 
-    def correct(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Whether each sample's largest logit is its label, (B,) bool."""
-        return logits.argmax(dim=-1) == batch["labels"]
+    def figures(self, predictions: Predictions) -> dict[str, Figure]:
+        """The task's metrics; accuracy with its standard error and the chance level."""
+        pairs = [(logits.argmax(dim=-1).cpu(), batch["labels"].cpu()) for logits, batch in predictions]
+        answers, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
+        scores: dict[str, Callable[[Tensor, Tensor], float | None]] = {"f1": f1, "matthews": matthews}
+        found = {name: Figure(scores[name](answers, labels)) for name in self.metrics if name != "accuracy"}
+        share, count = float((answers == labels).double().mean()), len(labels)
+        details = {"standard_error": standard_error(share, count), "samples": count, "chance": 1 / self.classes}
+        return {name: found.get(name, Figure(share, details)) for name in self.metrics}
 
     def quality(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Accuracy: 1 for a correct sample, 0 for another."""
-        return {"accuracy": self.correct(logits, batch).float()}
+        return {"accuracy": (logits.argmax(dim=-1) == batch["labels"]).float()}
 
     def divergence(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` (Hinton et al., 2015, arXiv:1503.02531)."""
@@ -88,6 +129,7 @@ class DataBundle:
         example: One sample at the length that costs are stated for.
         fingerprints: Hash of the content and settings of `train`, `calibration` and
             `validation`, apart: another calibration sample does not retrain a model.
+        notes: What a reader should know of how it was made; shown above the numbers.
     """
 
     name: str
@@ -99,11 +141,29 @@ class DataBundle:
     validation: Iterable[Batch]
     example: Batch
     fingerprints: Mapping[str, str]
+    notes: Sequence[str] = ()
 
     @property
     def fingerprint(self) -> str:
         """Hash of all three parts."""
         return fingerprint_of(*(self.fingerprints[part] for part in sorted(self.fingerprints)))
+
+
+class DataSource(Protocol):
+    """Data that takes its form from the model: its tokenizer, its image size and transforms."""
+
+    def prepare(self, model: "PrunableModel") -> DataBundle:
+        """Make the bundle that this model reads.
+
+        Raises:
+            InputError: If the model has no preprocessing of the kind.
+        """
+        ...
+
+
+def prepared(source: DataBundle | DataSource, model: "PrunableModel") -> DataBundle:
+    """What `data=` built, in the form that the model reads."""
+    return source if isinstance(source, DataBundle) else source.prepare(model)
 
 
 class TensorBatches:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from data.base import DataBundle
+from data.base import DataBundle, Figure
 from models.base import Batch, PrunableModel
 
 
@@ -45,21 +45,37 @@ class Subject:
 
     @cached_property
     def predictions(self) -> list[tuple[Tensor, Batch]]:
-        """Logits of every validation batch, on the CPU, with the batch."""
+        """Logits of every validation batch, on the CPU, with what scoring needs of the batch."""
+        targets = self.data.task.targets
         with torch.inference_mode():
-            return [(self.model.logits(self.model.place(batch)).float().cpu(), batch) for batch in self.data.validation]
+            return [
+                (
+                    self.model.logits(self.model.place(batch)).float().cpu(),
+                    {name: tensor for name, tensor in batch.items() if name in targets},
+                )
+                for batch in self.data.validation
+            ]
+
+    @cached_property
+    def figures(self) -> dict[str, Figure]:
+        """The task's own metrics on the validation split."""
+        return self.data.task.figures(self.predictions)
 
     def batch_of(self, size: int) -> Batch:
-        """`size` validation samples on the model's device, repeated if there are fewer.
+        """`size` samples of the example's shape on the model's device; the same for every model.
 
-        The same samples for every model of a comparison.
+        Validation samples, repeated if there are fewer; where samples differ in length the
+        example is repeated, so that times and MACs speak of the same shape.
         """
+        shapes = {name: tensor.shape[1:] for name, tensor in self.data.example.items()}
         taken: list[Batch] = []
         for batch in self._endless():
-            taken.append(batch)
+            inputs = {name: tensor for name, tensor in batch.items() if name in shapes}
+            alike = {name: tensor.shape[1:] for name, tensor in inputs.items()} == shapes
+            taken.append(inputs if alike else self.data.example)
             if sum(len(next(iter(b.values()))) for b in taken) >= size:
                 break
-        joined = {name: torch.cat([batch[name] for batch in taken])[:size] for name in taken[0]}
+        joined = {name: torch.cat([batch[name] for batch in taken])[:size] for name in shapes}
         return self.model.place(joined)
 
     def _endless(self) -> Iterator[Batch]:

@@ -123,12 +123,15 @@ def learning_curve(history: Sequence[Mapping[str, float]], title: str) -> Figure
     return figure
 
 
-def pareto(lines: Mapping[str, Sequence[tuple[float, float]]], dense: Sequence[tuple[float, float]]) -> Figure:
-    """Accuracy against MACs: one line a method, dense models marked.
+def pareto(
+    lines: Mapping[str, Sequence[tuple[float, float]]], dense: Sequence[tuple[float, float]], quality: str = "accuracy"
+) -> Figure:
+    """Quality against MACs: one line a method, dense models marked.
 
     Args:
-        lines: Per label the points (MACs, accuracy).
+        lines: Per label the points (MACs, quality).
         dense: The points of the dense models.
+        quality: Name of the metric.
     """
     figure = Figure(figsize=(6.4, 4.4))
     figure.subplots_adjust(left=0.12, right=0.97, bottom=0.12, top=0.92)
@@ -139,7 +142,7 @@ def pareto(lines: Mapping[str, Sequence[tuple[float, float]]], dense: Sequence[t
     largest = max(macs for macs, _ in [*dense, *(p for points in lines.values() for p in points)])
     scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= s), (1, ""))
     axes.xaxis.set_major_formatter(lambda macs, _: f"{macs / scale:g}")
-    axes.set(xlabel=f"MACs per sample ({unit})", ylabel="accuracy", title="accuracy against MACs")
+    axes.set(xlabel=f"MACs per sample ({unit})", ylabel=quality, title=f"{quality} against MACs")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
     return figure

@@ -42,6 +42,7 @@ class Record:
     cache: dict[str, Any] = field(default_factory=lambda: {"hit": False, "path": None})
     history: list[dict[str, float]] = field(default_factory=list)
     method: str = ""
+    data_notes: list[str] = field(default_factory=list)
     recovery: Recovered | None = None
     plots: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -119,7 +120,7 @@ class Record:
 
     def warnings(self) -> list[str]:
         """What a reader should know before the numbers."""
-        notes = []
+        notes = list(self.data_notes)
         if self.status != "ok":
             notes.append(f"The run failed: {self.error}")
         if self.plan and self.plan.budget and self.plan.is_identity:
@@ -132,7 +133,7 @@ class Record:
         if gain is not None and gain < 1 and self.plan and not self.plan.is_identity:
             notes.append(f"The pruned model was not faster: {gain:.2f}x the speed of the dense one at this batch.")
         if (accuracy := self.pruned.get("accuracy")) and accuracy.value is not None:
-            chance, error = accuracy.details["chance"], accuracy.details["standard_error"]
+            chance, error = (accuracy.details.get(key, 0.0) for key in ("chance", "standard_error"))
             if accuracy.value <= chance + 2 * error:
                 notes.append(f"The pruned accuracy is within two standard errors of chance ({chance:.1%}).")
         return notes

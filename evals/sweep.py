@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 TIMED = ("latency", "throughput")
-FIXED = ("job", "status", "error", "method", "ratio_asked", "ratio_reached", "cache_hit", "seconds")
+FIXED = ("job", "status", "error", "method", "ratio_asked", "ratio_reached", "cache_hit", "seconds", "quality")
 
 
 class SweepReport(Callback):
@@ -80,6 +80,7 @@ def _facts(found: dict[str, Any]) -> Row:
         "ratio_reached": plan.get("ratio_reached"),
         "cache_hit": found["cache"]["hit"],
         "seconds": found["seconds"]["total"],
+        "quality": next((name for name, m in found["dense"].items() if m["unit"] == "fraction"), ""),
         **{f"{s}_{name}": measured["value"] for s in ("dense", "pruned") for name, measured in found[s].items()},
     }
 
@@ -147,8 +148,10 @@ def _shown(value: object) -> str:
 
 
 def _draw_pareto(rows: Sequence[Row], path: Path) -> bool:
-    """Draw accuracy against MACs, one line for each set of overrides other than the ratio."""
-    points = [r for r in rows if r.get("pruned_accuracy") is not None and r.get("pruned_macs") is not None]
+    """Draw quality against MACs, one line for each set of overrides other than the ratio."""
+    quality = next((str(row["quality"]) for row in rows if row.get("quality")), "accuracy")
+    y = f"pruned_{quality}"
+    points = [r for r in rows if r.get(y) is not None and r.get("pruned_macs") is not None]
     if not points:
         return False
     from evals.plots import pareto, save_figure
@@ -158,9 +161,9 @@ def _draw_pareto(rows: Sequence[Row], path: Path) -> bool:
     for row in points:
         extra = [f"{key}={row.get(key, '')}" for key in others if key != "prune"]
         label = " ".join([str(row["method"]), *extra])
-        lines.setdefault(label, []).append((row["pruned_macs"], row["pruned_accuracy"]))
-    dense = sorted({(row["dense_macs"], row["dense_accuracy"]) for row in points})
-    save_figure(pareto(lines, dense), path)
+        lines.setdefault(label, []).append((row["pruned_macs"], row[y]))
+    dense = sorted({(row["dense_macs"], row[f"dense_{quality}"]) for row in points})
+    save_figure(pareto(lines, dense, quality), path)
     return True
 
 

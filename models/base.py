@@ -138,6 +138,8 @@ class PrunableModel(ABC):
         origin: Per unit group, which units of the dense network are left, (kept,).
         training: How to obtain weights on first use; None where there is no recipe for it.
         has_weights: Whether the weights came with the model, from a checkpoint or a hub.
+        preprocessing: What turns raw text or images into this model's inputs; None where
+            the data comes as tensors.
     """
 
     def __init__(self, network: nn.Module, recipe: Recipe, training: Any = None) -> None:
@@ -145,6 +147,7 @@ class PrunableModel(ABC):
         self.recipe = recipe
         self.training = training
         self.has_weights = False
+        self.preprocessing: Any = None
         self.origin = {group.name: torch.arange(group.count) for group in self.unit_groups()}
 
     @abstractmethod
