@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from safetensors.torch import save
 
 from evals.base import Measurement, Measurements, Subject
-from models.checkpoint import tensors_of
+from models.checkpoint import METADATA, tensors_of
 
 
 @dataclass(frozen=True)
@@ -15,4 +15,4 @@ class Size:
 
     def measure(self, subjects: Sequence[Subject]) -> list[Measurements]:
         """Serialise each model and count."""
-        return [{"size": Measurement(len(save(tensors_of(subject.model))), "byte")} for subject in subjects]
+        return [{"size": Measurement(len(save(tensors_of(subject.model), METADATA)), "byte")} for subject in subjects]

@@ -3,8 +3,9 @@
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -64,6 +65,14 @@ class Attribute:
 
 
 @dataclass(frozen=True)
+class Emptied:
+    """What stands in for a module that cannot run without units: `make(module)`, once all are gone."""
+
+    module: str
+    make: Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
 class UnitGroup:
     """Equal units that can be removed from one place of a network.
 
@@ -76,6 +85,7 @@ class UnitGroup:
         producers: Every slice that makes the units, over parameters and buffers.
         consumer: The module that reads them.
         after_cut: Attributes to set once units have gone.
+        emptied: Replaces a module once the last unit has gone; None where it runs without.
         pairwise_features: Features per unit in token-by-token products: for a head
             `2 * head width`, once for the attention scores and once for the weighted sum.
         keys_per_query: Tokens that each token attends to; None means all of them.
@@ -89,6 +99,7 @@ class UnitGroup:
     producers: tuple[Slices, ...]
     consumer: Consumer
     after_cut: tuple[Attribute, ...] = ()
+    emptied: Emptied | None = None
     pairwise_features: int = 0
     keys_per_query: int | None = None
 
@@ -135,6 +146,7 @@ class PrunableModel(ABC):
     Attributes:
         network: The module that computes logits.
         recipe: How to build the dense network again.
+        dense_counts: Units per group in the dense network.
         origin: Per unit group, which units of the dense network are left, (kept,).
         training: How to obtain weights on first use; None where there is no recipe for it.
         has_weights: Whether the weights came with the model, from a checkpoint or a hub.
@@ -148,7 +160,8 @@ class PrunableModel(ABC):
         self.training = training
         self.has_weights = False
         self.preprocessing: Any = None
-        self.origin = {group.name: torch.arange(group.count) for group in self.unit_groups()}
+        self.dense_counts = {group.name: group.count for group in self.unit_groups()}
+        self.origin = {name: torch.arange(count) for name, count in self.dense_counts.items()}
 
     @abstractmethod
     def unit_groups(self) -> tuple[UnitGroup, ...]:
@@ -165,6 +178,17 @@ class PrunableModel(ABC):
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
         """Run the network on a batch; shape of the result depends on the task."""
+
+    def stock_files(self, folder: Path) -> str | None:
+        """Write what the family's own library needs beside the weights to load them.
+
+        Args:
+            folder: Where `model.safetensors` lies.
+
+        Returns:
+            Why that library cannot express the network's shapes, in one line; None if it can.
+        """
+        return f"{self.name} is pare's own network"
 
     @property
     def name(self) -> str:

@@ -1,24 +1,27 @@
 """Saving a model at its own widths and building it again: safetensors and a JSON manifest."""
 
+import importlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.base import PrunableModel, Recipe
 from models.slicing import keep_units
 from utils.errors import InputError
 
 MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
+METADATA = {"format": "pt"}
 FORMAT = 1
+WRAPPERS = ("model", "state_dict", "model_state_dict", "state_dict_ema", "model_ema")
 
 M = TypeVar("M", bound=PrunableModel)
 
@@ -26,14 +29,17 @@ M = TypeVar("M", bound=PrunableModel)
 def save_model(model: PrunableModel, folder: Path) -> Path:
     """Write weights and manifest to `folder`, completely or not at all.
 
-    The manifest holds the builder, its arguments, and per unit group which units of the
-    dense network are left.
+    The manifest holds the builder, its arguments, per unit group which units of the dense
+    network are left, and under `not_stock` why the family's own library can't load the
+    folder; null means that it can.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        save_file(tensors_of(model), partial / WEIGHTS)
-        (partial / MANIFEST).write_text(json.dumps(_manifest(model), indent=1))
+        # transformers refuses a weights file that does not say where it comes from
+        save_file(tensors_of(model), partial / WEIGHTS, metadata=METADATA)
+        manifest = _manifest(model) | {"not_stock": model.stock_files(partial)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         partial.chmod(0o755)
         old = partial.with_name(f"{partial.name}-old")
         if folder.exists():
@@ -43,6 +49,32 @@ def save_model(model: PrunableModel, folder: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def how_to_load(folder: Path) -> str:
+    """One line on what loads a saved model."""
+    reason = _read_manifest(folder).get("not_stock")
+    if reason is None:
+        return f"{folder.name}/ loads with the family's own library, and with models.load"
+    return f"{folder.name}/ loads with models.load alone: {reason}"
+
+
+def load_network(folder: str | Path) -> nn.Module:
+    """Build a saved model again, at its own widths, as a plain module.
+
+    Args:
+        folder: What `save=true` wrote.
+
+    Raises:
+        InputError: If the folder is damaged, or was saved by a builder outside this package,
+            which is not called on a file's word.
+    """
+    manifest = _read_manifest(Path(folder))
+    module, _, function = str(manifest["builder"]).rpartition(".")
+    if not module.startswith("models."):
+        raise InputError(f"{folder}: was saved by {manifest['builder']}; call that builder with checkpoint={folder}")
+    build = getattr(importlib.import_module(module), function)
+    return build(**manifest["arguments"], checkpoint=str(folder)).network
 
 
 def tensors_of(model: PrunableModel) -> dict[str, Tensor]:
@@ -70,7 +102,7 @@ def _untied(model: PrunableModel) -> dict[str, Tensor]:
 def stored_recipe(checkpoint: str, asked: Recipe) -> Recipe:
     """The recipe a checkpoint folder was saved with; a bare weights file has none and keeps `asked`."""
     path = Path(checkpoint)
-    if path.is_file():
+    if path.is_file() or not (path / MANIFEST).is_file() and _weights_in(path):
         return asked
     manifest = _read_manifest(path)
     if manifest["builder"] != asked.builder:
@@ -85,20 +117,30 @@ def stored_recipe(checkpoint: str, asked: Recipe) -> Recipe:
     return Recipe(asked.builder, {**asked.arguments, **manifest["arguments"]})
 
 
-def load_weights(model: M, checkpoint: str) -> M:
+def load_weights(model: M, checkpoint: str, skip: Sequence[str] = ()) -> M:
     """Shrink a freshly built dense model to a checkpoint's widths and load it strictly.
+
+    Args:
+        model: The dense model; changed in place.
+        checkpoint: A folder that `save=true` wrote, any folder with one weights file, or a
+            `.safetensors`, `.pth`, `.pt` or `.bin` file.
+        skip: Names that stay as they are whatever the checkpoint holds.
 
     Raises:
         InputError: If a file is missing or damaged, or names and shapes differ.
     """
     path = Path(checkpoint)
-    if path.is_dir():
+    if (path / MANIFEST).is_file():
         origin = _origin(_read_manifest(path), model, checkpoint)
         keep_units(model.network, model.unit_groups(), origin)
         model.origin.update(origin)
         path = path / WEIGHTS
-    tensors = _read_tensors(path, checkpoint)
-    _refuse_misfit(tensors, _untied(model), checkpoint)
+    elif path.is_dir():
+        path = _weights_in(path) or path / WEIGHTS
+    held = _untied(model)
+    kept = {name: held[name].detach() for name in skip if name in held}
+    tensors = {name: t for name, t in _read_tensors(path, checkpoint).items() if name not in skip} | kept
+    _refuse_misfit(tensors, held, checkpoint)
     model.network.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))
     fill(model, tensors)
     model.training, model.has_weights = None, True
@@ -122,6 +164,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = {key: manifest[key] for key in ("format", "builder", "arguments", "units")}
+        found["not_stock"] = manifest.get("not_stock", "it was saved before stock folders were written")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"model.checkpoint={folder}: {MANIFEST} is damaged ({error!r})") from error
     if found["format"] != FORMAT:
@@ -146,11 +189,36 @@ def _origin(manifest: Mapping[str, Any], model: PrunableModel, checkpoint: str) 
 def _read_tensors(path: Path, checkpoint: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"model.checkpoint={checkpoint}: {path.name} is missing")
+    if path.suffix in (".pth", ".pt", ".bin"):
+        return _read_pickled(path, checkpoint)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         message = f"model.checkpoint={checkpoint}: {path.name} is damaged or no safetensors file ({error})"
         raise InputError(message) from error
+
+
+def _read_pickled(path: Path, checkpoint: str) -> dict[str, Tensor]:
+    """Tensors of a torch file, unwrapped from a training script's dictionary; no code in it is run."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what the damage happens to cause
+        raise InputError(
+            f"model.checkpoint={checkpoint}: {path.name} is damaged, or holds more than tensors "
+            f"(only weights are read): {str(error).splitlines()[0]}"
+        ) from error
+    wrapper = next((key for key in WRAPPERS if isinstance(found, dict) and isinstance(found.get(key), dict)), None)
+    found = found[wrapper] if wrapper else found
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise InputError(f"model.checkpoint={checkpoint}: {path.name} must hold tensors by name, and nothing else")
+    # DistributedDataParallel puts this before every name
+    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """The weights file of a folder that another library wrote."""
+    names = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -74,6 +74,10 @@ def keep_units(network: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[st
             setattr(network.get_submodule(attribute.module), attribute.name, value)
     for module_name in {s.tensor.rpartition(".")[0] for group in cut for s in group.slices}:
         _match_sizes(network, module_name)
+    for group in cut:
+        if group.emptied is not None and len(kept[group.name]) == 0:
+            module = network.get_submodule(group.emptied.module)
+            _replace(network, group.emptied.module, group.emptied.make(module))
 
 
 def _refuse_bad_indices(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:

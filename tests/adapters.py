@@ -1,12 +1,17 @@
 """Every adapter that the contract tests cover: a model with a batch; a new family is one line."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from data.base import Classification, DataBundle, TensorBatches
+from data.base import Classification, DataBundle, Task, TensorBatches
+from data.regression import Regression
 from models.base import Batch, PrunableModel
+from models.bert import LAYOUTS, bert
+from models.resnet import resnet
 from models.toy_encoder import toy_encoder
+from models.vit import vit
 from tests.modules import CLASSES, TOKENS, WIDTH, conv_model, fused_model, grouped_model, stirred
 
 Adapter = Callable[[], tuple[PrunableModel, Batch]]
@@ -33,12 +38,63 @@ def toy_on_tokens() -> tuple[PrunableModel, Batch]:
     return model, batch(6, 9)
 
 
+def timm_vit(name: str, **settings: object) -> tuple[PrunableModel, Batch]:
+    """A timm vision transformer of two small blocks on 16x16 images."""
+    small = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "mlp_ratio": 1.0, **settings}
+    model = vit(name=name, classes=CLASSES, image_size=16, settings=small)
+    stirred(model.network)
+    return model, batch(3, 16, 16)
+
+
+def timm_resnet(name: str) -> tuple[PrunableModel, Batch]:
+    """A timm ResNet with one narrow block a stage on 32x32 images."""
+    channels = [8, 12, 16, 20]
+    model = resnet(name=name, classes=CLASSES, settings={"layers": [1, 1, 1, 1], "channels": channels, "stem_width": 8})
+    stirred(model.network)
+    return model, batch(3, 32, 32)
+
+
+def encoder(kind: str, classes: int = CLASSES) -> tuple[PrunableModel, Batch]:
+    """Two layers of a BERT-like encoder on sequences of unequal length."""
+    sizes: dict[str, object] = {
+        "vocab_size": 50,
+        "max_position_embeddings": 24,
+        "type_vocab_size": 2,
+        "pad_token_id": 0,
+    }
+    if kind == "distilbert":
+        sizes |= {"dim": 24, "n_layers": 2, "n_heads": 4, "hidden_dim": 20}
+    else:
+        sizes |= {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 20}
+    model = bert(classes=classes, settings={"model_type": kind, **sizes})
+    stirred(model.network)
+    return model, texts(classes)
+
+
+def texts(classes: int) -> Batch:
+    """Random token ids with padding, and labels; a float each where there is one class."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.tensor([9, 7, 9, 4, 6, 8])
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    ids = torch.randint(3, 50, (6, 9), generator=generator) * mask
+    labels = torch.randn(6, generator=generator) if classes == 1 else torch.randint(classes, (6,), generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
 ADAPTERS: dict[str, Adapter] = {
     "toy_images": toy_on_images,
     "toy_tokens": toy_on_tokens,
     "fused_qkv": lambda: (fused_model(), batch(TOKENS, WIDTH)),
     "grouped_query": lambda: (grouped_model(), batch(TOKENS, WIDTH)),
     "conv": lambda: (conv_model(), batch(4, 6, 6)),
+    "deit": lambda: timm_vit("deit_tiny_patch16_224"),
+    "deit_distilled": lambda: timm_vit("deit_tiny_distilled_patch16_224"),
+    "vit_swiglu": lambda: timm_vit("vit_giant_patch14_dinov2", mlp_ratio=2.0, init_values=0.7),
+    "vit_qk_norm": lambda: timm_vit("vit_base_patch16_224", qk_norm=True, class_token=False, global_pool="avg"),
+    "resnet_basic": lambda: timm_resnet("resnet18"),
+    "resnet_bottleneck": lambda: timm_resnet("resnet50"),
+    **{kind.replace("-", "_"): partial(encoder, kind) for kind in LAYOUTS},
+    "bert_regression": lambda: encoder("bert", classes=1),
 }
 
 
@@ -48,10 +104,11 @@ def bundle_of(samples: Batch, batches: int = 3) -> DataBundle:
         dict(zip(samples, rows, strict=True))
         for rows in zip(*(t.tensor_split(batches) for t in samples.values()), strict=True)
     ]
+    task: Task = Regression() if samples["labels"].is_floating_point() else Classification(CLASSES)
     return DataBundle(
         name="handmade",
         domain="synthetic",
-        task=Classification(CLASSES),
+        task=task,
         calibration=parts,
         train=TensorBatches(samples, batch_size=2, shuffle_seed=0),
         train_samples=len(samples["labels"]),

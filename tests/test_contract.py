@@ -129,7 +129,7 @@ def test_scores_are_cached_and_the_key_knows_the_layout(adapter: tuple[PrunableM
     assert all(torch.equal(v, second.scores.only()[name]) for name, v in first.scores.only().items())
     pruned = cut(model, random_plan(model, 0))
     assert not ranked(Fisher(), pruned, data, store).hit
-    model.recipe = Recipe(model.recipe.builder, {"heads": "other"})
+    model.recipe = Recipe(model.recipe.builder, {**model.recipe.arguments, "heads": "other"})
     assert not ranked(Fisher(), model, data, store).hit, "weights of the same shape may mean another model"
 
 

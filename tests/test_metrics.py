@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from data.regression import Regression
 from evals.accuracy import Accuracy
 from evals.base import Subject
 from evals.latency import Latency
@@ -14,6 +15,7 @@ from evals.macs import Macs
 from evals.nonzero_params import NonzeroParams
 from evals.params import Params
 from evals.peak_memory import PeakMemory, peak_on_cpu
+from evals.quality import Quality
 from evals.size import Size
 from evals.throughput import Throughput
 from models.checkpoint import save_model
@@ -44,13 +46,13 @@ def test_accuracy_and_loss_by_hand(subject: Subject) -> None:
     assert value(Loss(), subject, "loss").value == pytest.approx(float(expected)), "batches of unequal size"
 
 
-def test_accuracy_needs_classification(subject: Subject) -> None:
-    class Regression:
-        name = "regression"
-
-    subject.data = replace(subject.data, task=Regression())  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="regression"):
-        Accuracy().measure([subject])
+def test_a_task_without_accuracy_says_what_it_is_scored_by(subject: Subject) -> None:
+    subject.data = replace(subject.data, task=Regression())
+    numbers = torch.tensor([[0.1], [0.4], [0.2], [0.9]])
+    subject.predictions = [(numbers, {"labels": torch.tensor([1.0, 2.0, 3.0, 4.0])})]
+    found = value(Accuracy(), subject, "accuracy")
+    assert found.value is None and "spearman" in str(found.reason)
+    assert value(Quality(), subject, "spearman").value == pytest.approx(0.8)
 
 
 def test_zeroed_weights_change_nothing_but_the_non_zero_count(subject: Subject) -> None:

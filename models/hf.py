@@ -1,0 +1,183 @@
+"""What all families from transformers share: configurations, weights, tokenizers, stock folders."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+from models.base import PrunableModel
+from models.preprocessing import TextPreprocessing
+from utils.errors import InputError
+from utils.hub import from_cache_or_hub
+
+Head = Literal["classification", "question_answering"]
+AUTO_CLASSES = {
+    "classification": "AutoModelForSequenceClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+}
+HEAD_WORDS = ("classifier", "pre_classifier", "qa_outputs", "pooler", "score")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+
+
+def config_of(source: str, local: bool, settings: Mapping[str, Any]) -> Any:
+    """A model's configuration from a folder or the hub, with `settings` on top."""
+
+    def load(only_here: bool) -> Any:
+        return AutoConfig.from_pretrained(source, local_files_only=only_here, **settings)
+
+    return _fetched(load, source, local)
+
+
+def _fetched(load: Any, source: str, local: bool) -> Any:
+    """What `load` gives, from a folder, the hub's cache or the hub, with its errors as messages."""
+    if not local:
+        return from_cache_or_hub(load, f"model.name={source}", "model.checkpoint=<folder>")
+    if not Path(source).is_dir():
+        raise InputError(
+            f"model.checkpoint={source}: must be a folder in transformers' format, or one that save=true wrote"
+        )
+    try:
+        return load(True)
+    except Exception as error:  # what a damaged folder raises depends on where the damage is
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"model.checkpoint={source}: cannot be loaded by transformers: {first}") from error
+
+
+def auto_class(head: str) -> Any:
+    """Transformers' class that puts a head on whatever encoder a configuration names."""
+    return getattr(transformers, AUTO_CLASSES[head])
+
+
+def build_network(settings: Mapping[str, Any], head: Head, classes: int | None) -> nn.Module:
+    """Build a network at random weights from a configuration in transformers' terms.
+
+    Raises:
+        InputError: If `settings` has no `model_type` or does not make a network.
+    """
+    given = dict(settings)
+    kind = given.pop("model_type", None)
+    if kind is None:
+        raise InputError(
+            "model.settings: must name a model_type, such as bert, where neither name nor checkpoint is given"
+        )
+    try:
+        config = AutoConfig.for_model(kind, **given)
+        set_labels(config, head, classes)
+        with quiet():
+            return auto_class(head).from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"model.settings: cannot build a {kind} with {head} from them: {error}") from error
+
+
+def set_labels(config: Any, head: Head, classes: int | None) -> None:
+    """Give a configuration as many labels as there are classes, unless it has its own names for them."""
+    if head == "classification" and classes is not None and config.num_labels != classes:
+        config.num_labels = classes
+
+
+def loaded_network(
+    source: str, local: bool, config: Any, head: Head, classes: int | None, new_head: bool
+) -> tuple[nn.Module, bool]:
+    """Load a network and say whether its weights are complete, head included.
+
+    Raises:
+        InputError: If weights other than the head's are missing, or shapes differ.
+    """
+    wanted = AUTO_CLASSES[head].removeprefix("AutoModel")
+    has_head = any(str(name).endswith(wanted) for name in config.architectures or ())
+    key = f"model.checkpoint={source}" if local else f"model.name={source}"
+    if head == "classification" and classes is not None and config.num_labels != classes:
+        if has_head and not new_head:
+            raise InputError(
+                f"{key}: first difference at the classifier: it answers in {config.num_labels} labels, the data has "
+                f"{classes}; model.new_head=true trains a new classifier on first use"
+            )
+        config.num_labels = classes
+
+    def load(only_here: bool) -> Any:
+        with quiet():
+            return auto_class(head).from_pretrained(
+                source, config=config, local_files_only=only_here, output_loading_info=True,
+                ignore_mismatched_sizes=new_head, dtype=config.dtype or torch.float32,
+            )  # fmt: skip
+
+    network, found = _fetched(load, source, local)
+    missing = sorted(found["missing_keys"])
+    if body := [name for name in missing if not any(word in name for word in HEAD_WORDS)]:
+        raise InputError(
+            f"{key}: first difference at {body[0]!r}: the file has nothing, the model {_shape(network, body[0])}"
+        )
+    fresh = [name for name in missing if "pooler" not in name or head == "classification"]
+    if new_head and has_head:
+        _renew_head(network)
+    return network, not fresh and not (new_head and has_head)
+
+
+def _shape(network: nn.Module, name: str) -> tuple[int, ...] | str:
+    tensor = network.state_dict().get(name)
+    return "another layout" if tensor is None else tuple(tensor.shape)
+
+
+def _renew_head(network: nn.Module) -> None:
+    """Put a head back to random weights, as its family initialises them."""
+    for name, module in network.named_modules():
+        if any(word in name for word in HEAD_WORDS if word != "pooler"):
+            network._init_weights(module)  # type: ignore[operator]
+
+
+def load_tokenizer(source: str, local: bool) -> Any:
+    """The fast tokenizer that comes with a model; None if the folder has none."""
+    folder = Path(source)
+    if local and not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "vocab.json")
+    ):
+        return None
+
+    def load(only_here: bool) -> Any:
+        with quiet():
+            return AutoTokenizer.from_pretrained(source, local_files_only=only_here)
+
+    bare = local and (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file()
+    if bare:  # without its configuration transformers cannot tell which class it is
+        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **SPECIAL_TOKENS)
+    return _fetched(load, source, local)
+
+
+def text_preprocessing(tokenizer: Any, config: Any) -> TextPreprocessing | None:
+    """What text sources need to know of a model; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    # RoBERTa and its kin count positions from behind the padding index
+    offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
+    longest = min(config.max_position_embeddings - offset, tokenizer.model_max_length)
+    names = dict(config.id2label or {})
+    return TextPreprocessing(tokenizer, longest, tuple(str(names[i]) for i in sorted(names)))
+
+
+def write_stock(model: PrunableModel, folder: Path, changed: Mapping[str, Any]) -> None:
+    """Write config.json with the cut sizes, with which `from_pretrained` loads the weights beside it."""
+    config = type(model.network.config).from_dict({**model.network.config.to_dict(), **changed})  # type: ignore[union-attr]
+    config.architectures = [type(model.network).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars and load reports off the screen."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
