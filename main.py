@@ -34,7 +34,7 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
     from evals.evaluate import evaluate
     from evals.plots import draw_plots
     from evals.report import Record
-    from models.checkpoint import save_model
+    from models.checkpoint import how_to_load, save_model
     from models.checks import refuse_misfit, refuse_non_finite, refuse_untrained
     from models.cost import cost_model
     from models.pretrained import with_weights
@@ -78,7 +78,7 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
             done = recovery.recover(pruned, model, data, store, cfg.seed)
             pruned, record.recovery = done.model, done
             if cfg.save:
-                save_model(pruned, out / "model")
+                record.saved = how_to_load(save_model(pruned, out / "model"))
         with record.phase("evaluate"):
             models = [model] if pruned is model else [model, pruned]
             for found in evaluate(models, data, metrics):

@@ -42,6 +42,8 @@ class Record:
     cache: dict[str, Any] = field(default_factory=lambda: {"hit": False, "path": None})
     history: list[dict[str, float]] = field(default_factory=list)
     method: str = ""
+    model_name: str = ""
+    saved: str | None = None
     data_notes: list[str] = field(default_factory=list)
     recovery: Recovered | None = None
     plots: list[str] = field(default_factory=list)
@@ -55,6 +57,7 @@ class Record:
 
     def note(self, model: PrunableModel, data: DataBundle, ranking: Ranking) -> None:
         """Take in what the scores were made from, and where they lie."""
+        self.model_name = model.name
         self.fingerprints = {"model": model.fingerprint(), "data": data.fingerprint, "scores": ranking.fingerprint}
         self.cache = {"hit": ranking.hit, "path": str(ranking.path) if ranking.path else None}
 
@@ -108,6 +111,7 @@ class Record:
             "method": self.method,
             "history": self.history,
             "recovery": {**trained.facts, "history": trained.history} if trained else None,
+            "saved": self.saved,
             "seconds": self.seconds,
             "warnings": self.warnings(),
         }
@@ -144,6 +148,7 @@ class Record:
         parts += [f"    {self.command}", self._what_was_run()]
         if self.dense:
             parts += ["## Dense and pruned", markdown_table(self.dense, self.pruned)]
+        parts += [f"{self.saved}."] if self.saved else []
         if self.recovery and self.recovery.history:
             parts += ["## Recovery", history_table(self.recovery.history)]
         if self.plan and self.plan.groups:
@@ -169,7 +174,7 @@ class Record:
             else ""
         )
         return (
-            f"{self._choice('model')} on {self._choice('data')}, pruned by {self.method}: {plan.ratio_asked:.1%} of "
+            f"{self.model_name} on {self._choice('data')}, pruned by {self.method}: {plan.ratio_asked:.1%} of "
             f"the {plan.budget} were to go, {plan.ratio_reached:.2%} went.{after} Seed {self.seed}, on {place}."
         )
 

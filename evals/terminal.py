@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from evals.base import Measurements
@@ -14,11 +15,13 @@ def print_record(record: Record, out: Path) -> None:
     """Print what a run found, and where it left its files."""
     console = Console()
     for note in record.warnings():
-        console.print(f"[yellow]note[/yellow] {note}")
+        console.print(f"[yellow]note[/yellow] {escape(note)}")
     console.print(terminal_table(record.dense, record.pruned))
     plan = record.plan
     if plan and plan.budget:
         console.print(f"{plan.ratio_reached:.2%} of the {plan.budget} removed ({plan.ratio_asked:.2%} asked)")
+    if record.saved:
+        console.print(escape(record.saved), soft_wrap=True)
     seconds = f"{record.seconds['total']:.1f} s in all"
     console.print(f"{record.scores_from()}, {seconds}; everything else is in {out}/report.md", soft_wrap=True)
 

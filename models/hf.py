@@ -126,9 +126,11 @@ def _shape(network: nn.Module, name: str) -> tuple[int, ...] | str:
 
 def _renew_head(network: nn.Module) -> None:
     """Put a head back to random weights, as its family initialises them."""
+    spread = getattr(network.config, "initializer_range", 0.02)
     for name, module in network.named_modules():
-        if any(word in name for word in HEAD_WORDS if word != "pooler"):
-            network._init_weights(module)  # type: ignore[operator]
+        if isinstance(module, nn.Linear) and any(word in name for word in HEAD_WORDS if word != "pooler"):
+            nn.init.normal_(module.weight, std=spread)
+            nn.init.zeros_(module.bias)
 
 
 def load_tokenizer(source: str, local: bool) -> Any:
