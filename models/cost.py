@@ -5,7 +5,7 @@ its kept dimensions, so a cost is a sum of products, not a sum of constants a un
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
@@ -48,11 +48,13 @@ class CostModel:
         terms: One for each weight, and one for each group's token-by-token products.
         counts: Units per group in the model as it is.
         widths: Features per unit of each group.
+        kinds: What a unit of each group is.
     """
 
     terms: tuple[Term, ...]
     counts: dict[str, int]
     widths: dict[str, int]
+    kinds: dict[str, str] = field(default_factory=dict)
 
     def total(self, quantity: Quantity, kept: Kept | None = None) -> int:
         """MACs per sample or number of parameters with `kept` units per group (default all)."""
@@ -61,7 +63,7 @@ class CostModel:
     def touching(self, group: str) -> "CostModel":
         """The part of the cost that depends on one group."""
         terms = [t for t in self.terms if any(group == g for s in t.lengths for g, _ in s.per_unit)]
-        return CostModel(tuple(terms), self.counts, self.widths)
+        return CostModel(tuple(terms), self.counts, self.widths, self.kinds)
 
     def touches_others(self, group: str) -> bool:
         """Whether any term depends on a group other than this one."""
@@ -87,7 +89,8 @@ def cost_model(model: PrunableModel, example: Batch) -> CostModel:
     terms = _weight_terms(model.network, groups, calls)
     terms += [_attention_term(g, calls) for g in groups if g.pairwise_features and g.count]
     counts = {group.name: group.count for group in groups}
-    return CostModel(tuple(terms), counts, {group.name: group.width for group in groups})
+    widths, kinds = ({g.name: getattr(g, what) for g in groups} for what in ("width", "kind"))
+    return CostModel(tuple(terms), counts, widths, kinds)
 
 
 def positions_per_call(model: PrunableModel, example: Batch) -> dict[str, list[int]]:

@@ -22,6 +22,7 @@ class Budget:
         min_keep: Units kept at least in every group.
         round_to: Kept features per group are a multiple of this, or all of them.
         per_cost: Whether units compete by score per cost, or by score alone.
+        kinds: What may go, such as `neuron`; None means every kind.
     """
 
     of: Budgeted
@@ -29,6 +30,7 @@ class Budget:
     min_keep: int = 1
     round_to: int = 1
     per_cost: bool = True
+    kinds: tuple[str, ...] | None = None
 
     def limit(self, total: int) -> int:
         """Most of a total that may be left; 0.9 of ten units leaves one, not 0.99999."""
@@ -46,6 +48,12 @@ class Budget:
         aligned = range(count // step * step, -1, -step)
         return list(dict.fromkeys([count, *(size for size in aligned if size >= least)]))
 
+    def sizes_of(self, costs: CostModel, group: str) -> list[int]:
+        """Numbers of units that a group may keep; all of them where its kind may not go."""
+        if self.kinds is not None and costs.kinds.get(group) not in self.kinds:
+            return [costs.counts[group]]
+        return self.sizes(costs.counts[group], costs.widths[group])
+
 
 def ratio_of(costs: CostModel, of: Budgeted, kept: Mapping[str, int]) -> float:
     """Fraction of the budgeted quantity that is gone with `kept` units per group left."""
@@ -57,19 +65,24 @@ def ratio_of(costs: CostModel, of: Budgeted, kept: Mapping[str, int]) -> float:
 
 def refuse_unreachable(costs: CostModel, budget: Budget) -> None:
     """Raise an InputError that names the reachable minimum if the budget can't be met."""
-    floors = {name: budget.sizes(count, costs.widths[name])[-1] for name, count in costs.counts.items()}
+    if unknown := set(budget.kinds or ()) - set(costs.kinds.values()):
+        known = ", ".join(dict.fromkeys(costs.kinds.values()))
+        raise InputError(f"prune.kinds={list(budget.kinds or ())}: the model has no {unknown.pop()!r}; it has {known}")
+    floors = {name: budget.sizes_of(costs, name)[-1] for name in costs.counts}
     if budget.of != "width":
         total, least = costs.total(budget.of), costs.total(budget.of, floors)
         _refuse(budget, f"{budget.of} of the model", total, least)
         return
     for name, count in costs.counts.items():
-        _refuse(budget, f"units of {name}", count, floors[name])
+        if len(budget.sizes_of(costs, name)) > 1:
+            _refuse(budget, f"units of {name}", count, floors[name])
 
 
 def _refuse(budget: Budget, what: str, total: int, least: int) -> None:
     limit = budget.limit(total)
     if least > limit:
         hint = ", or those two lower" if budget.min_keep > 1 or budget.round_to > 1 else ""
+        hint += ", or more kinds allowed" if budget.kinds is not None else ""
         largest = floor(10_000 * (1 - least / total)) / 10_000
         raise InputError(
             f"prune.ratio={budget.ratio}: would leave {limit:,} of {total:,} {what}, but with "

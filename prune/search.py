@@ -50,8 +50,9 @@ def _refuse_misfit(scores: Mapping[str, Tensor], costs: CostModel) -> None:
 
 def _by_width(costs: CostModel, budget: Budget) -> Counts:
     """The same fraction of every group."""
+    sizes = {name: budget.sizes_of(costs, name) for name in costs.counts}
     return {
-        name: next(size for size in budget.sizes(count, costs.widths[name]) if size <= budget.limit(count))
+        name: next((size for size in sizes[name] if size <= budget.limit(count)), sizes[name][-1])
         for name, count in costs.counts.items()
     }
 
@@ -64,8 +65,8 @@ class _Greedy:
         self.spent = costs.total(quantity)
         self.kept: Counts = dict(costs.counts)
         self.ladders = {
-            name: _Ladder(name, scores[name], budget.sizes(count, costs.widths[name]), costs, quantity, budget.per_cost)
-            for name, count in costs.counts.items()
+            name: _Ladder(name, scores[name], budget.sizes_of(costs, name), costs, quantity, budget.per_cost)
+            for name in costs.counts
         }
 
     def run(self) -> Counts:

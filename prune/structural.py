@@ -30,6 +30,7 @@ class Structural(ABC):
         round_to: Kept features per group are a multiple of this, or all of them.
         normalize: How scores of different groups are made comparable.
         per_cost: Whether units compete by score per cost, or by score alone.
+        kinds: What may go, such as `[neuron]`; None means every kind the model has.
     """
 
     ratio: Ratio = 0.4
@@ -38,11 +39,12 @@ class Structural(ABC):
     round_to: Count = 1
     normalize: Normalization = "none"
     per_cost: bool = True
+    kinds: tuple[str, ...] | None = None
 
     ranks: ClassVar[bool] = True
     looks_at_data: ClassVar[bool] = True
     search_fields: ClassVar[frozenset[str]] = frozenset(
-        {"ratio", "budget", "min_keep", "round_to", "normalize", "per_cost"}
+        {"ratio", "budget", "min_keep", "round_to", "normalize", "per_cost", "kinds"}
     )
 
     def __post_init__(self) -> None:
@@ -82,4 +84,5 @@ class Structural(ABC):
 
     @property
     def _budget(self) -> Budget:
-        return Budget(self.budget, self.ratio, self.min_keep, self.round_to, self.per_cost)
+        kinds = None if self.kinds is None else tuple(self.kinds)
+        return Budget(self.budget, self.ratio, self.min_keep, self.round_to, self.per_cost, kinds)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from models.cost import CostModel, Length, Term, cost_model
-from prune.budget import Budget, ratio_of
+from models.toy_encoder import toy_encoder
+from prune.budget import Budget, Budgeted, ratio_of, refuse_unreachable
 from prune.search import select_units
-from tests.adapters import ADAPTERS
+from tests.adapters import ADAPTERS, batch
 from utils.errors import InputError, RunError
 
 
@@ -163,3 +164,23 @@ def test_scores_that_do_not_fit_are_refused() -> None:
         select_units({"a": torch.ones(2)}, costs, Budget("macs", 0.1))
     with pytest.raises(RunError, match="scores of a: found nothing"):
         select_units({}, costs, Budget("macs", 0.1))
+
+
+@pytest.mark.parametrize("of", ["macs", "params", "width"])
+def test_only_the_kinds_asked_for_go(of: Budgeted) -> None:
+    model = toy_encoder(classes=10, image_size=8, width=24, depth=2, heads=4, neurons=20)
+    costs = cost_model(model, batch(1, 8, 8, samples=1))
+    scores = {g.name: torch.arange(g.count, dtype=torch.float32) for g in model.unit_groups()}
+    kept = select_units(scores, costs, Budget(of, 0.2, kinds=("neuron",)))
+    lengths = {name: len(index) for name, index in kept.items()}
+    assert all(lengths[n] == costs.counts[n] for n, kind in costs.kinds.items() if kind == "head")
+    assert all(lengths[n] < costs.counts[n] for n, kind in costs.kinds.items() if kind == "neuron")
+
+
+def test_unknown_and_unreachable_kinds_are_refused() -> None:
+    model = toy_encoder(classes=10, image_size=8)
+    costs = cost_model(model, batch(1, 8, 8, samples=1))
+    with pytest.raises(InputError, match="no 'channel'; it has head, neuron"):
+        refuse_unreachable(costs, Budget("macs", 0.1, kinds=("channel",)))
+    with pytest.raises(InputError, match="must be at most .* or more kinds allowed"):
+        refuse_unreachable(costs, Budget("macs", 0.9, kinds=("head",)))
