@@ -19,7 +19,7 @@ def f1(answers: Tensor, labels: Tensor) -> float | None:
     """
     from sklearn.metrics import f1_score
 
-    return float(f1_score(labels.numpy(), answers.numpy(), pos_label=1, average="binary", zero_division=0.0))
+    return float(f1_score(labels.numpy(), answers.numpy(), pos_label=1, average="binary", zero_division=0))  # type: ignore[arg-type]
 
 
 def matthews(answers: Tensor, labels: Tensor) -> float | None:
@@ -33,14 +33,14 @@ def pearson(answers: Tensor, labels: Tensor) -> float | None:
     """Pearson correlation of two vectors (N,); None where one of them is constant."""
     from scipy.stats import pearsonr
 
-    return float(pearsonr(answers.numpy(), labels.numpy())[0]) if _vary(answers, labels) else None
+    return float(pearsonr(answers.numpy(), labels.numpy())[0]) if _vary(answers, labels) else None  # type: ignore[arg-type]
 
 
 def spearman(answers: Tensor, labels: Tensor) -> float | None:
     """Rank correlation of two vectors (N,), ties at their mean rank; None where one is constant."""
     from scipy.stats import spearmanr
 
-    return float(spearmanr(answers.numpy(), labels.numpy())[0]) if _vary(answers, labels) else None
+    return float(spearmanr(answers.numpy(), labels.numpy())[0]) if _vary(answers, labels) else None  # type: ignore[arg-type]
 
 
 def _vary(*vectors: Tensor) -> bool:

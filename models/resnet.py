@@ -111,7 +111,6 @@ def resnet(
     pretrained: bool = False,
     checkpoint: ExistingPath | None = None,
     new_head: bool = False,
-    image_size: None = None,
     settings: Mapping[str, Any] | None = None,
     training: Training | None = None,
 ) -> ResNet:
@@ -123,7 +122,6 @@ def resnet(
         pretrained: Take the weights that timm publishes under the name, from the hub.
         checkpoint: A `.safetensors` or `.pth` file, or a folder; wins over `pretrained`.
         new_head: Put a fresh classifier on the loaded weights and train on first use.
-        image_size: Always null: a convolution network takes any size.
         settings: Further arguments of timm's model, such as `layers`.
         training: How to train where the weights are not complete.
 
@@ -131,7 +129,7 @@ def resnet(
         InputError: If timm does not know the name, a block can't be cut exactly, or
             weights are missing or don't fit.
     """
-    arguments = {"name": name, "classes": classes, "image_size": image_size, "settings": dict(settings or {})}
+    arguments = {"name": name, "classes": classes, "settings": dict(settings or {})}
     return assembled(
         ResNet, Recipe("models.resnet.resnet", arguments),
         pretrained=pretrained, checkpoint=checkpoint, new_head=new_head, training=training,

@@ -36,7 +36,7 @@ def assembled(
 
     Args:
         family: The adapter; its constructor takes network, recipe and training.
-        recipe: Arguments `name`, `classes`, `image_size` and `settings`.
+        recipe: Arguments `name`, `classes`, `settings` and, where sizes are fixed, `image_size`.
         pretrained: Take the weights that timm publishes under the name.
         checkpoint: A weights file or a folder; wins over `pretrained`.
         new_head: Leave the classifier at random weights, to be trained on first use.
@@ -60,7 +60,7 @@ def assembled(
     return model
 
 
-def network_of(name: str, classes: int | None, image_size: int | None, settings: Mapping[str, Any]) -> nn.Module:
+def network_of(name: str, classes: int | None, settings: Mapping[str, Any], image_size: int | None = None) -> nn.Module:
     """Build a timm model by name at random weights; `settings` are timm's own model arguments."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -95,7 +95,7 @@ def _published(network: nn.Module, arguments: Mapping[str, Any], new_head: bool)
 
     instead = "model.checkpoint=<file or folder>"
     path = from_cache_or_hub(load, f"model.name={name}: its weights ({repository})", instead)
-    kept = {"num_classes": arguments["classes"], "img_size": arguments["image_size"], **arguments["settings"]}
+    kept = {"num_classes": arguments["classes"], "img_size": arguments.get("image_size"), **arguments["settings"]}
     given = {key: value for key, value in kept.items() if value is not None}
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": path}, **given)
 
@@ -124,7 +124,7 @@ def preprocessing_of(network: nn.Module) -> ImagePreprocessing:
 def write_stock(model: PrunableModel, folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the config.json with which `timm.create_model("local-dir:<folder>", pretrained=True)` loads the weights."""
     arguments, images = model.recipe.arguments, model.preprocessing
-    size = {"img_size": arguments["image_size"]} if arguments["image_size"] else {}
+    size = {"img_size": arguments["image_size"]} if arguments.get("image_size") else {}
     config = {
         "architecture": arguments["name"],
         "num_classes": model.network.num_classes,

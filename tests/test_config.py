@@ -120,7 +120,7 @@ CASES = [
     (("seed.x=1",), ["seed.x=1: seed is a single value and has no 'x'"]),
     (("+sed=1",), ["sed=1: the configuration has no key 'sed'; did you mean 'seed'?"]),
     (("prune=null",), ["prune=null: prune has no option"]),
-    (("evals.accuracy=null",), ["evals.accuracy=null: must be one of the options of evals"]),
+    (("evals.quality=null",), ["evals.quality=null: must be one of the options of evals"]),
     (("evals=null",), ["evals"]),
     (("model.dropout=5",), ["model.dropout=5: must be in [0, 1)"]),
     (("prune.ratio=${prune.ratio}",), ["prune.ratio"]),

@@ -209,7 +209,7 @@ def _parameter(module: Module, annotation: ast.expr | None, default: ast.expr | 
     """An argument with its default; a default of None allows None whatever the annotation says."""
     kind = _annotation(module, annotation)
     if isinstance(default, ast.Constant) and default.value is None:
-        kind = kind | None if kind is not Any else Any
+        kind = kind if kind in (Any, None, type(None)) else kind | None
     return Parameter(kind, required=default is None)
 
 
