@@ -81,7 +81,7 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
                 record.saved = how_to_load(save_model(pruned, out / "model"))
         with record.phase("evaluate"):
             models = [model] if pruned is model else [model, pruned]
-            for found in evaluate(models, data, metrics):
+            for found in evaluate(models, data, metrics, store):
                 record.add(found)
         record.plots = draw_plots(plan, ranking.scores, record.history, done.history, out)
     return record

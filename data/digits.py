@@ -53,7 +53,7 @@ def digits(
         fingerprints={
             "train": fingerprint_of(*train.values(), batch_size, shift, seed),
             "calibration": fingerprint_of(*(t for batch in calibration for t in batch.values())),
-            "validation": fingerprint_of(*validation.values()),
+            "validation": fingerprint_of(*validation.values(), batch_size),
         },
     )
 

@@ -61,6 +61,6 @@ def random_tokens(
         fingerprints={
             "train": fingerprint_of(*train.values(), batch_size, seed),
             "calibration": fingerprint_of(*(t for batch in calibration for t in batch.values())),
-            "validation": fingerprint_of(*validation.values()),
+            "validation": fingerprint_of(*validation.values(), batch_size),
         },
     )

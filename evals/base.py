@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from data.base import DataBundle, Figure
+from evals.predictions import Predictions, kept_predictions, predictions_of
 from models.base import Batch, PrunableModel
+from utils.storage import Store
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,23 @@ class Measurement:
 
 
 class Subject:
-    """One model to measure, with its data; what several metrics need is computed once."""
+    """One model to measure, with its data; what several metrics need is computed once.
 
-    def __init__(self, model: PrunableModel, data: DataBundle) -> None:
-        self.model, self.data = model, data
+    Args:
+        model: The model to measure.
+        data: Where its samples come from.
+        store: Keeps its predictions for other runs; for the dense model of a sweep.
+    """
+
+    def __init__(self, model: PrunableModel, data: DataBundle, store: Store | None = None) -> None:
+        self.model, self.data, self.store = model, data, store
 
     @cached_property
-    def predictions(self) -> list[tuple[Tensor, Batch]]:
+    def predictions(self) -> Predictions:
         """Logits of every validation batch, on the CPU, with what scoring needs of the batch."""
-        targets = self.data.task.targets
-        with torch.inference_mode():
-            return [
-                (
-                    self.model.logits(self.model.place(batch)).float().cpu(),
-                    {name: tensor for name, tensor in batch.items() if name in targets},
-                )
-                for batch in self.data.validation
-            ]
+        if self.store is None:
+            return predictions_of(self.model, self.data)
+        return kept_predictions(self.model, self.data, self.store)
 
     @cached_property
     def figures(self) -> dict[str, Figure]:

@@ -26,7 +26,8 @@ def refuse_untrained(model: PrunableModel) -> None:
     """Raise an InputError if the model holds random weights and no way to better ones."""
     if model.training is None and not model.has_weights:
         raise InputError(
-            f"model={model.name}: model.training=null and model.checkpoint=null leave it at random weights; give one"
+            f"model={model.name}: is left at random weights, in part at least; give a model.checkpoint that has all "
+            "of them (or model.pretrained=true, where the model has it), or model.training to train it on first use"
         )
 
 

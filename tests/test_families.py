@@ -1,14 +1,20 @@
 """Real families: what they refuse by name, weights in every format, and folders that stock libraries load."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from models import load
 from models.base import Batch, PrunableModel
@@ -19,6 +25,7 @@ from models.vit import vit
 from prune.base import Plan
 from prune.surgery import cut
 from tests.adapters import ADAPTERS
+from tests.test_cli import ROOT
 from tests.test_contract import logits, random_plan
 from utils.errors import InputError
 
@@ -262,3 +269,44 @@ def test_only_builders_of_this_package_are_called_on_a_files_word(tmp_path: Path
     )
     with pytest.raises(InputError, match="os.system"):
         load(folder)
+
+
+def in_hub_cache(home: Path, repository: str) -> Path:
+    """A folder where the hub's client keeps a downloaded repository."""
+    root = home / "hub" / f"models--{repository.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("0123abc")
+    (root / "snapshots" / "0123abc").mkdir(parents=True)
+    return root / "snapshots" / "0123abc"
+
+
+FROM_CACHE = """
+import torch
+from models.bert import bert
+from models.vit import vit
+encoder = bert(name="someone/small-bert", classes=7)
+assert encoder.has_weights and encoder.name == "small-bert", encoder.name
+assert encoder.preprocessing.tokenizer("b a")["input_ids"] == [4, 3], encoder.preprocessing.tokenizer("b a")
+images = vit(name="deit_tiny_patch16_224", classes=1000, pretrained=True)
+assert images.has_weights
+torch.save((encoder.network.state_dict(), images.network.state_dict()), "found.pt")
+"""
+
+
+def test_what_the_hub_gave_once_is_found_without_network(tmp_path: Path) -> None:
+    encoder, _ = ADAPTERS["bert"]()
+    folder = in_hub_cache(tmp_path, "someone/small-bert")
+    encoder.network.save_pretrained(folder)  # type: ignore[operator]
+    words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1, "[SEP]": 2, "a": 3, "b": 4}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(folder)
+    images = timm.create_model("deit_tiny_patch16_224")
+    repository = images.pretrained_cfg["hf_hub_id"]
+    save_file(images.state_dict(), in_hub_cache(tmp_path, repository) / "model.safetensors")
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_CACHE], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for found, given in zip(torch.load(tmp_path / "found.pt"), (encoder.network, images), strict=True):
+        assert all(torch.equal(found[name], tensor) for name, tensor in given.state_dict().items())

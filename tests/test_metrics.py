@@ -23,6 +23,7 @@ from prune.surgery import cut
 from tests.adapters import ADAPTERS, bundle_of
 from tests.test_contract import random_plan
 from utils.errors import InputError, RunError
+from utils.storage import Store
 
 
 @pytest.fixture
@@ -141,3 +142,19 @@ def test_batches_for_timing_repeat_a_small_set(subject: Subject) -> None:
 def test_settings_are_checked(metric, rule: str) -> None:
     with pytest.raises(InputError, match=f"{rule}=0 must be at least 1"):
         metric(batch=0)
+
+
+def test_dense_predictions_are_kept_and_only_for_the_same_weights(subject: Subject, tmp_path) -> None:
+    calls = []
+    logits = subject.model.logits
+    subject.model.logits = lambda batch: calls.append(1) or logits(batch)  # type: ignore[method-assign]
+    fresh = Subject(subject.model, subject.data).predictions
+    first, second = (Subject(subject.model, subject.data, Store(tmp_path)).predictions for _ in range(2))
+    batches = len(subject.data.validation)  # type: ignore[arg-type]
+    assert len(calls) == 2 * batches, "the second time nothing is computed"
+    for (a, x), (b, y), (c, z) in zip(fresh, first, second, strict=True):
+        assert torch.equal(a, b) and torch.equal(b, c)
+        assert torch.equal(x["labels"], y["labels"]) and torch.equal(y["labels"], z["labels"])
+    subject.model.network.get_parameter("head.bias").data.add_(1)
+    changed = Subject(subject.model, subject.data, Store(tmp_path)).predictions
+    assert torch.allclose(changed[0][0], fresh[0][0] + 1, atol=1e-5)

@@ -77,7 +77,8 @@ def test_a_failed_job_keeps_its_method_and_says_so_at_once(swept) -> None:
 
 def test_several_dense_models_are_shown_row_by_row(tmp_path: Path) -> None:
     for number, accuracy in enumerate((0.9, 0.8)):
-        sides = {"dense": {"accuracy": {"value": accuracy}}, "pruned": {"accuracy": {"value": 0.7}}}
+        unit = {"unit": "fraction"}
+        sides = {"dense": {"accuracy": {"value": accuracy} | unit}, "pruned": {"accuracy": {"value": 0.7} | unit}}
         rest = {"status": "ok", "error": None, "method": "m", "plan": None, "cache": {"hit": False}}
         job(tmp_path, number, json.dumps(sides | rest | {"seconds": {"total": 1.0}}))
     rebuild(tmp_path)
