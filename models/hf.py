@@ -157,6 +157,9 @@ def text_preprocessing(tokenizer: Any, config: Any) -> TextPreprocessing | None:
         return None
     # RoBERTa and its kin count positions from behind the padding index
     offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
+    # a tokenizer rebuilt from its rules alone forgets that the encoder tells first from second texts
+    if getattr(config, "type_vocab_size", 1) > 1 and "token_type_ids" not in tokenizer.model_input_names:
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "token_type_ids"]
     longest = min(config.max_position_embeddings - offset, tokenizer.model_max_length)
     names = dict(config.id2label or {})
     return TextPreprocessing(tokenizer, longest, tuple(str(names[i]) for i in sorted(names)))

@@ -7,8 +7,10 @@ import torch
 
 from data.base import Classification, DataBundle, Task, TensorBatches
 from data.regression import Regression
+from data.squad_task import QuestionAnswering
 from models.base import Batch, PrunableModel
 from models.bert import LAYOUTS, bert
+from models.hf import Head
 from models.resnet import resnet
 from models.toy_encoder import toy_encoder
 from models.vit import vit
@@ -54,7 +56,7 @@ def timm_resnet(name: str) -> tuple[PrunableModel, Batch]:
     return model, batch(3, 32, 32)
 
 
-def encoder(kind: str, classes: int = CLASSES) -> tuple[PrunableModel, Batch]:
+def encoder(kind: str, classes: int = CLASSES, head: Head = "classification") -> tuple[PrunableModel, Batch]:
     """Two layers of a BERT-like encoder on sequences of unequal length."""
     sizes: dict[str, object] = {
         "vocab_size": 50,
@@ -66,9 +68,13 @@ def encoder(kind: str, classes: int = CLASSES) -> tuple[PrunableModel, Batch]:
         sizes |= {"dim": 24, "n_layers": 2, "n_heads": 4, "hidden_dim": 20}
     else:
         sizes |= {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 20}
-    model = bert(classes=classes, settings={"model_type": kind, **sizes})
+    model = bert(classes=classes, head=head, settings={"model_type": kind, **sizes})
     stirred(model.network)
-    return model, texts(classes)
+    samples = texts(classes)
+    if head == "question_answering":
+        start = samples.pop("labels") % 4
+        samples |= {"start": start, "end": start, "window": torch.arange(6)}
+    return model, samples
 
 
 def texts(classes: int) -> Batch:
@@ -95,6 +101,8 @@ ADAPTERS: dict[str, Adapter] = {
     "resnet_bottleneck": lambda: timm_resnet("resnet50"),
     **{kind.replace("-", "_"): partial(encoder, kind) for kind in LAYOUTS},
     "bert_regression": lambda: encoder("bert", classes=1),
+    "bert_question_answering": lambda: encoder("bert", head="question_answering"),
+    "distilbert_question_answering": lambda: encoder("distilbert", head="question_answering"),
 }
 
 
@@ -104,14 +112,16 @@ def bundle_of(samples: Batch, batches: int = 3) -> DataBundle:
         dict(zip(samples, rows, strict=True))
         for rows in zip(*(t.tensor_split(batches) for t in samples.values()), strict=True)
     ]
-    task: Task = Regression() if samples["labels"].is_floating_point() else Classification(CLASSES)
+    task: Task = QuestionAnswering() if "start" in samples else Classification(CLASSES)
+    if "labels" in samples and samples["labels"].is_floating_point():
+        task = Regression()
     return DataBundle(
         name="handmade",
         domain="synthetic",
         task=task,
         calibration=parts,
         train=TensorBatches(samples, batch_size=2, shuffle_seed=0),
-        train_samples=len(samples["labels"]),
+        train_samples=len(next(iter(samples.values()))),
         validation=parts,
         example={name: tensor[:1] for name, tensor in samples.items()},
         fingerprints={"train": "t", "calibration": "c", "validation": "v"},
