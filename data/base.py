@@ -177,6 +177,7 @@ class TensorBatches:
     ) -> None:
         self.tensors, self.batch_size = tensors, batch_size
         self.shuffle_seed, self.augment = shuffle_seed, augment
+        self.samples = len(next(iter(tensors.values())))
         self.epoch = 1
 
     def set_epoch(self, epoch: int) -> None:
@@ -184,10 +185,10 @@ class TensorBatches:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.tensors["labels"]) // self.batch_size)
+        return -(-self.samples // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        count = len(self.tensors["labels"])
+        count = self.samples
         shuffled = self.shuffle_seed is not None
         generator = torch.Generator().manual_seed(1_000_003 * (self.shuffle_seed or 0) + self.epoch)
         order = torch.randperm(count, generator=generator) if shuffled else torch.arange(count)

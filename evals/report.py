@@ -43,6 +43,7 @@ class Record:
     history: list[dict[str, float]] = field(default_factory=list)
     method: str = ""
     model_name: str = ""
+    data_name: str = ""
     saved: str | None = None
     data_notes: list[str] = field(default_factory=list)
     recovery: Recovered | None = None
@@ -57,7 +58,7 @@ class Record:
 
     def note(self, model: PrunableModel, data: DataBundle, ranking: Ranking) -> None:
         """Take in what the scores were made from, and where they lie."""
-        self.model_name = model.name
+        self.model_name, self.data_name = model.name, data.name
         self.fingerprints = {"model": model.fingerprint(), "data": data.fingerprint, "scores": ranking.fingerprint}
         self.cache = {"hit": ranking.hit, "path": str(ranking.path) if ranking.path else None}
 
@@ -174,13 +175,9 @@ class Record:
             else ""
         )
         return (
-            f"{self.model_name} on {self._choice('data')}, pruned by {self.method}: {plan.ratio_asked:.1%} of "
+            f"{self.model_name} on {self.data_name}, pruned by {self.method}: {plan.ratio_asked:.1%} of "
             f"the {plan.budget} were to go, {plan.ratio_reached:.2%} went.{after} Seed {self.seed}, on {place}."
         )
-
-    def _choice(self, group: str) -> str:
-        """Short name of what a group was set to."""
-        return str(self.config[group]["_target_"]).rpartition(".")[2]
 
     def _kept_table(self) -> str:
         assert self.plan

@@ -26,7 +26,8 @@ GROUPS = {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in 
 def test_every_shipped_option_composes_and_checks(option: str) -> None:
     group, name = option.split("=")
     argument = {"evals": f"evals=[{name}]", "experiment": f"+{option}"}.get(group, option)
-    assert problems(argument) == []
+    reader = ["model=bert"] if option == "data=squad" else []  # no labels for the default model to count
+    assert problems(argument, *reader) == []
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))

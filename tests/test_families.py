@@ -301,7 +301,7 @@ def test_what_the_hub_gave_once_is_found_without_network(tmp_path: Path) -> None
     words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(folder)
     images = timm.create_model("deit_tiny_patch16_224")
-    repository = images.pretrained_cfg["hf_hub_id"]
+    repository = str(dict(images.pretrained_cfg)["hf_hub_id"])  # type: ignore[call-overload]
     save_file(images.state_dict(), in_hub_cache(tmp_path, repository) / "model.safetensors")
     environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

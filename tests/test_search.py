@@ -37,8 +37,12 @@ def test_budget_is_met_and_nothing_more_would_fit(name: str, of: str, scores: st
     }
     for ratio in (0.0, 0.1, 0.25, 0.4):
         budget = Budget(of, ratio)  # type: ignore[arg-type]
-        kept = select_units(values, costs, budget)
         limit = budget.limit(costs.total(of))  # type: ignore[arg-type]
+        if costs.total(of, dict.fromkeys(costs.counts, 1)) > limit:  # type: ignore[arg-type]
+            with pytest.raises(InputError, match="reachable"):
+                select_units(values, costs, budget)
+            continue
+        kept = select_units(values, costs, budget)
         assert spent(costs, kept, of) <= limit
         counts = {group: len(index) for group, index in kept.items()}
         for group, count in counts.items():
