@@ -59,6 +59,19 @@ class Task(Protocol):
         """How far a student's logits are from a teacher's, averaged over samples, a scalar."""
         ...
 
+    def deviation(self, given: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
+        """How far each sample's logits are from those wanted: `KL(softmax(wanted) || softmax(given))`.
+
+        Args:
+            given: (..., B, *) for any leading dimensions.
+            wanted: (B, *).
+            batch: What they are answers to; padding does not count.
+
+        Returns:
+            (..., B), float32.
+        """
+        ...
+
     def misfit(self, logits: Tensor) -> str | None:
         """Say why logits of this shape can't be scored on this task, or None."""
         ...
@@ -106,12 +119,24 @@ class Classification:
         wanted, given = (log_softmax(logits.float() / temperature, dim=-1) for logits in (teacher, student))
         return temperature**2 * kl_div(given, wanted, log_target=True, reduction="batchmean")
 
+    def deviation(self, given: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
+        """KL of each sample's labels, (..., B)."""
+        return divergences(given, wanted)
+
     def misfit(self, logits: Tensor) -> str | None:
         """Refuse a head of another width: scoring it would mix two label spaces."""
         if logits.ndim == 2 and logits.shape[1] == self.classes:
             return None
         shape = ", ".join(["B", *map(str, logits.shape[1:])])
         return f"the model's logits have shape ({shape}), the data has {self.classes} classes"
+
+
+def divergences(given: Tensor, wanted: Tensor, dim: int = -1) -> Tensor:
+    """`KL(softmax(wanted) || softmax(given))` along one dimension, which goes."""
+    new, old = (log_softmax(logits.float(), dim=dim) for logits in (given, wanted))
+    # positions that cannot win have probability 0 on both sides, and 0 * (inf - inf) is none
+    gap = torch.where(old.isneginf(), 0.0, old - new)
+    return (old.exp() * gap).sum(dim=dim)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ class Regression:
         """Mean squared difference of the predictions; a temperature has no meaning here."""
         return mse_loss(student.float(), teacher.float())
 
+    def deviation(self, given: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
+        """Squared difference of each sample's prediction, (..., B)."""
+        return (given.float() - wanted.float()).square().sum(dim=-1)
+
     def misfit(self, logits: Tensor) -> str | None:
         """Refuse a head that gives more than one number."""
         if logits.ndim == 2 and logits.shape[1] == 1:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from data.base import Batch, Figure, Predictions
+from data.base import Batch, Figure, Predictions, divergences
 from data.squad_answers import Found, Question, Window, answer_of, best_answer, exact_match, overlap_f1
 from evals.scores import standard_error
 
@@ -73,6 +73,11 @@ class QuestionAnswering:
             for logits in (teacher, student)
         )
         return temperature**2 * kl_div(given, wanted, log_target=True, reduction="batchmean")
+
+    def deviation(self, given: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
+        """KL over real positions, of starts plus of ends, (..., B)."""
+        new, old = masked(given, batch), masked(wanted, batch)
+        return divergences(new, old, dim=-2).sum(dim=-1)
 
     def misfit(self, logits: Tensor) -> str | None:
         """Refuse a head that does not give two numbers a token."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import prune.gates
 from data.base import DataBundle
@@ -10,6 +10,15 @@ from models.base import PrunableModel
 from prune.base import Method, Scores
 from utils.code import code_hash
 from utils.storage import Artifact, Scratch, Store, folder_name, key_hash
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A method whose ranking is long enough to be gone on with."""
+
+    def rank_on(self, model: PrunableModel, data: DataBundle, scratch: Scratch | None) -> Scores:
+        """Score the dense model's units, from where an interrupted ranking stopped."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ def ranked(method: Method, model: PrunableModel, data: DataBundle, store: Store)
     key = ranking_key(method, model, data)
 
     def compute(scratch: Scratch) -> Artifact:
-        return Artifact(method.rank(model, data).to_tensors(), {"method": method.name})
+        scores = method.rank_on(model, data, scratch) if isinstance(method, Resumable) else method.rank(model, data)
+        return Artifact(scores.to_tensors(), {"method": method.name})
 
     folder = f"{data.domain}/{folder_name(data.name)}/{folder_name(model.name)}"
     found = store.fetch(folder, folder_name(method.name), key, compute)
@@ -50,10 +60,11 @@ def ranked(method: Method, model: PrunableModel, data: DataBundle, store: Store)
 
 def ranking_key(method: Method, model: PrunableModel, data: DataBundle) -> dict[str, Any]:
     """Everything that scores depend on, as plain values."""
+    own = getattr(method, "ranking_code", ())
     units = [[g.name, g.kind, g.count, g.width, g.consumer.module] for g in model.unit_groups()]
     return {
         "ranker": f"{type(method).__module__}.{type(method).__qualname__}",
-        "code": code_hash(type(method), type(model), type(data.task), prune.gates),
+        "code": code_hash(type(method), type(model), type(data.task), prune.gates, *own),
         "settings": method.ranking_settings(),
         "weights": model.fingerprint(),
         "builder": model.recipe.builder,

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from types import ModuleType
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -43,6 +44,7 @@ class Structural(ABC):
 
     ranks: ClassVar[bool] = True
     looks_at_data: ClassVar[bool] = True
+    ranking_code: ClassVar[tuple[ModuleType, ...]] = ()
     search_fields: ClassVar[frozenset[str]] = frozenset(
         {"ratio", "budget", "min_keep", "round_to", "normalize", "per_cost", "kinds"}
     )
@@ -67,14 +69,17 @@ class Structural(ABC):
         """Refuse a ratio that the floors make unreachable, before anything is ranked."""
         refuse_unreachable(costs, self._budget)
 
-    def combine(self, scores: Scores) -> Mapping[str, Tensor]:
+    def combine(self, model: PrunableModel, scores: Scores) -> Mapping[str, Tensor]:
         """Join a method's raw terms into one score per unit."""
         return scores.only()
 
+    def select(self, scores: Mapping[str, Tensor], costs: CostModel) -> dict[str, Tensor]:
+        """Kept units per group: those with the highest score per cost."""
+        return select_units(normalized(scores, self.normalize), costs, self._budget)
+
     def plan(self, model: PrunableModel, scores: Scores, costs: CostModel) -> Plan:
-        """Keep the units with the highest score per cost."""
-        comparable = normalized(self.combine(scores), self.normalize)
-        kept = select_units(comparable, costs, self._budget)
+        """Keep the best units within the budget."""
+        kept = self.select(self.combine(model, scores), costs)
         reached = ratio_of(costs, self.budget, {name: len(index) for name, index in kept.items()})
         return Plan.of(model, kept, budget=self.budget, ratio_asked=self.ratio, ratio_reached=reached)
 

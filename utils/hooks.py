@@ -1,6 +1,6 @@
 """The one place that registers and removes hooks."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -46,3 +46,25 @@ def captured(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Ten
 
     with hooked(after=[(network.get_submodule(name), keep(name)) for name in names]):
         yield found
+
+
+@contextmanager
+def replaying(network: nn.Module, answers: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Run a block with named modules answering by other functions instead of computing.
+
+    Everything between them (masks, rotary tables, residual sums) stays the network's own.
+
+    Args:
+        network: Owner of the modules.
+        answers: Per module name what its `forward` is meanwhile.
+    """
+    modules = [(network.get_submodule(name), answer) for name, answer in answers.items()]
+    if any("forward" in vars(module) for module, _ in modules):
+        raise RuntimeError("a module answers by another function already; leave that context first")
+    try:
+        for module, answer in modules:
+            module.forward = answer
+        yield
+    finally:
+        for module, _ in modules:
+            vars(module).pop("forward", None)
