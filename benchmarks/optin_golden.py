@@ -58,7 +58,7 @@ def golden_bundle(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Da
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     task = Classification(int(about.get("num_labels") or about["num_classes"]))
     one = {name: tensor[:1] for name, tensor in batch.items()}
-    prints = dict.fromkeys(("train", "calibration", "validation"), "golden")
+    prints: dict[str, str] = {part: "golden" for part in ("train", "calibration", "validation")}
     return DataBundle("golden", "synthetic", task, [batch], TensorBatches(batch, 1), 0, [batch], one, prints)
 
 

@@ -49,20 +49,16 @@ def test_linear_drift_cancels_in_abba() -> None:
 
 
 def test_identical_calls_are_equally_fast_and_a_delay_is_seen() -> None:
-    x = torch.randn(300, 300)
-
     def work() -> None:
-        for _ in range(5):
-            torch.mm(x, x)
+        time.sleep(0.003)  # asleep, so that a busy machine changes little
 
     def delayed() -> None:
-        work()
-        time.sleep(0.01)
+        time.sleep(0.009)
 
     same = time_interleaved([work, work], CPU, Protocol(seconds=0.5))
-    assert speedup(*same) == pytest.approx(1.0, abs=0.35)  # a shared machine; the ABBA test above is exact
+    assert speedup(*same) == pytest.approx(1.0, abs=0.2)
     slower = time_interleaved([work, delayed], CPU, Protocol(seconds=0.3))
-    assert speedup(*slower) < 0.8
+    assert speedup(*slower) < 0.6
 
 
 def test_spread_by_hand() -> None:
