@@ -1,14 +1,91 @@
-"""Every shipped experiment composes, checks, and runs with a small model."""
+"""Every shipped experiment composes, checks, and runs with a small model on small data of its own kind."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import BertProcessing
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from main import run
-from tests.conftest import CONFIGS, Compose
+from tests.conftest import CONFIGS, SMALL, Compose
 
 NAMES = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-SMALL_DATA = {
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "film", "who", "made", "it", "anna", "did"]
+FEW = ("data.calibration_batch_size=4", "data.batch_size=4", "model.training.epochs=1")
+TIMED = tuple(s for s in SMALL if s.startswith("evals."))
+
+
+def pictures(folder: Path) -> tuple[str, ...]:
+    """An ImageNet of two classes."""
+    pixels = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 3)):
+        for wnid in ("n01440764", "n01443537"):
+            (folder / split / wnid).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(pixels.integers(0, 255, (40, 40, 3), dtype=np.uint8))
+                image.save(folder / split / wnid / f"{number}.png")
+    return (f"data.root={folder}", "data.workers=0", "model.pretrained=false", *FEW)
+
+
+def cifar(folder: Path) -> tuple[str, ...]:
+    """A CIFAR-10 of twelve images."""
+    records = np.random.default_rng(0).integers(0, 255, (12, 3073), dtype=np.uint8)
+    records[:, 0] = np.arange(12) % 10
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        (folder / name).write_bytes(records.tobytes())
+    return (f"data.root={folder}", "data.workers=0", "model.pretrained=false", *FEW)
+
+
+def encoder(folder: Path) -> str:
+    """A small BERT with a tokenizer, in transformers' format."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    words.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))  # type: ignore[assignment]
+    marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **marks).save_pretrained(folder / "bert")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 20}
+    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=160, **sizes)).save_pretrained(folder / "bert")
+    return f"model.checkpoint={folder / 'bert'}"
+
+
+def sentences(folder: Path) -> tuple[str, ...]:
+    """An MNLI of eight pairs."""
+    rows = [{"premise": "anna made a film", "hypothesis": "it did good", "label": i % 3} for i in range(8)]
+    for split in ("train", "validation_matched"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return (f"data.root={folder}", "data.task=mnli", encoder(folder), *FEW)
+
+
+def questions(folder: Path) -> tuple[str, ...]:
+    """A SQuAD of eight questions."""
+    asked = [
+        {"id": str(i), "question": "who made it", "answers": [{"text": "anna", "answer_start": 0}]} for i in range(8)
+    ]
+    article = {"title": "film", "paragraphs": [{"context": "anna made a good film", "qas": asked}]}
+    for split in ("train", "dev"):
+        (folder / f"{split}-v1.1.json").write_text(json.dumps({"version": "1.1", "data": [article]}))
+    lengths = ("data.max_tokens=40", "data.stride=4")
+    return (f"data.root={folder}", encoder(folder), *lengths, *FEW)
+
+
+TINY_VIT = "model.settings={depth: 2, embed_dim: 24, num_heads: 4}"
+TINY_RESNET = "model.settings={layers: [1, 1, 1, 1], channels: [8, 8, 8, 8], stem_width: 8}"
+REAL: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...]]] = {
+    "deit_optin": (pictures, (TINY_VIT,)),
+    "deit_optin_beta": (pictures, (TINY_VIT,)),
+    "resnet_optin": (pictures, (TINY_RESNET, "prune.ratio=0.01")),
+    "cifar_optin": (cifar, (TINY_VIT,)),
+    "bert_optin": (sentences, ()),
+    "squad_optin": (questions, ()),
+}
+TOY_DATA = {
     "random_tokens": (
         "data.train_samples=64",
         "data.validation_samples=32",
@@ -19,10 +96,31 @@ SMALL_DATA = {
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_it_starts_with_its_command(name: str) -> None:
+    text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
+    assert text.startswith(f"# @package _global_\n# python main.py +experiment={name}")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in REAL])
 def test_it_runs_small(name: str, small_config: Compose, tmp_path: Path) -> None:
     text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
-    assert text.startswith(f"# @package _global_\n# python main.py +experiment={name}\n")
-    small = next((s for data, s in SMALL_DATA.items() if f"/data: {data}" in text), ())
-    training = [f"recover.epochs={2}"] if "/recover: " in text and "/recover: none" not in text else []
+    small = next((s for data, s in TOY_DATA.items() if f"/data: {data}" in text), ())
+    training = ["recover.epochs=2"] if "/recover: " in text and "/recover: none" not in text else []
     record = run(small_config(f"+experiment={name}", *small, *training, "prune.ratio=0.1"), tmp_path)
     assert record.status == "ok" and record.name == name and record.plan and not record.plan.is_identity
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_it_runs_small_on_data_of_its_kind(name: str, composed: Compose, tmp_path: Path) -> None:
+    make, more = REAL[name]
+    (tmp_path / "data").mkdir()
+    given = (
+        f"storage={tmp_path}/storage",
+        "prune.ratio=0.05",
+        *TIMED,
+        "evals.latency.blocks=1",
+        "evals.throughput.batch=2",
+    )
+    record = run(composed(f"+experiment={name}", *make(tmp_path / "data"), *given, *more), tmp_path / "out")
+    assert record.status == "ok" and record.name == name and record.plan and not record.plan.is_identity
+    assert next(iter(record.pruned.values())).value is not None
