@@ -51,13 +51,13 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
             device = resolve_device(cfg.device)
             record.device = describe_device(device)
             seed_everything(cfg.seed)
+            method, recovery = build(cfg.prune, METHOD), build(cfg.recover, RECOVERY)
             source, model = build(cfg.data), build(cfg.model)
             data = prepared(source, model)
-            record.data_notes = list(data.notes)
+            record.source_notes = (model.notes, data.notes)
             model.network.to(device)
             refuse_untrained(model)
             refuse_misfit(model, data)
-            method, recovery = build(cfg.prune, METHOD), build(cfg.recover, RECOVERY)
             metrics = {name: build(node, METRIC) for name, node in cfg.evals.items()}
             record.method = method.name
             costs = cost_model(model, data.example)

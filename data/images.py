@@ -79,9 +79,11 @@ class Loading:
 class Broken:
     """The images of one split that can't be read: each is reported once, too many are an error."""
 
-    def __init__(self, split: str, total: int) -> None:
+    def __init__(self, split: str, total: int, notes: list[str] | None = None) -> None:
         self.split, self.total = split, total
         self.reasons: dict[str, str] = {}
+        self.notes = [] if notes is None else notes
+        self.said = ""
 
     def add(self, failures: Iterable[Failure]) -> None:
         """Report images that have not been reported yet.
@@ -93,12 +95,21 @@ class Broken:
             if name not in self.reasons:
                 self.reasons[name] = reason
                 log.warning("%s: can't be read and is skipped: %s", name, reason)
+                self._note()
             if len(self.reasons) > MOST_BROKEN * self.total:
                 first, why = next(iter(self.reasons.items()))
                 raise InputError(
                     f"{first}: {why}; at least {len(self.reasons)} of the {self.total} {self.split} images can't be "
                     f"read, must be at most {MOST_BROKEN:.0%}"
                 )
+
+    def _note(self) -> None:
+        """Keep one line on it among the notes of the data."""
+        if self.said in self.notes:
+            self.notes.remove(self.said)
+        found = f"of the {self.total} {self.split} images can't be read and are skipped"
+        self.said = f"{len(self.reasons)} {found}; the first is {next(iter(self.reasons))}"
+        self.notes.append(self.said)
 
 
 class ImageBatches:
@@ -214,10 +225,12 @@ def image_bundle(
         InputError: If the calibration sample asks for too much, or too many images are broken.
     """
     plain, seed, size = transform_of(images), loading.seed, loading.batch_size
-    broken, broken_train = Broken("validation", len(validation.labels)), Broken("training", len(train.labels))
+    said = [*notes]  # grows as unreadable images are met
+    broken = Broken("validation", len(validation.labels), said)
+    broken_train = Broken("training", len(train.labels), said)
     pool, reports = (train, broken_train) if len(train.labels) else (validation, broken)
     if pool is validation and unused is not None:
-        pool, reports = unused, Broken("validation", len(unused.labels))
+        pool, reports = unused, Broken("validation", len(unused.labels), said)
     calibration = draw_calibration(pool, plain, reports, loading)
     batches = ImageBatches(validation, plain, size, broken, loading.workers)
     return DataBundle(
@@ -236,7 +249,7 @@ def image_bundle(
             ),
             "validation": fingerprint_of(validation.fingerprint, repr(images), size),
         },
-        notes=tuple(notes),
+        notes=said,
     )
 
 

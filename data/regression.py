@@ -22,6 +22,8 @@ class Regression:
     name: str = "regression"
     metrics: tuple[str, ...] = ("spearman", "pearson")
 
+    loss_unit = "squared error"
+
     @property
     def targets(self) -> tuple[str, ...]:
         """The labels."""

@@ -25,6 +25,7 @@ from utils.rules import Count, ExistingPath, Seed, Whole, checked
 if TYPE_CHECKING:
     from models.base import PrunableModel
 
+MOST_MISPLACED = 0.01
 COLUMNS = ("question", "context", "answers")
 FOLDERS = {
     "1.1": ("squad", "squad11", "squadv1", "squadv11", "plaintext"),
@@ -107,9 +108,10 @@ class SquadSource:
                 into a window.
         """
         tokenizer = text_preprocessing(model, "squad", self.max_tokens, self.tokens).tokenizer
-        train = windows_of(self._questions("train"), tokenizer, self.max_tokens, self.stride)
-        validation = windows_of(self._questions("validation"), tokenizer, self.max_tokens, self.stride)
-        pool, rows, notes = calibration_sample(
+        notes: list[str] = []
+        train = windows_of(self._questions("train", notes), tokenizer, self.max_tokens, self.stride)
+        validation = windows_of(self._questions("validation", notes), tokenizer, self.max_tokens, self.stride)
+        pool, rows, borrowed = calibration_sample(
             train, validation, self.calibration_batches, self.calibration_batch_size, self.seed
         )
         calibration = [batch_of(pool, batch) for batch in rows]
@@ -130,10 +132,10 @@ class SquadSource:
                 "calibration": fingerprint_of(*(t for b in calibration for name in sorted(b) for t in (name, b[name]))),
                 "validation": fingerprint_of(validation.fingerprint(), self.batch_size),
             },
-            notes=notes,
+            notes=[*notes, *borrowed],
         )
 
-    def _questions(self, split: str) -> list[Question]:
+    def _questions(self, split: str, notes: list[str]) -> list[Question]:
         """The questions of a split; none for a training split that is not there."""
         source = f"data=squad data.version={self.version}"
         if self.root is None:
@@ -147,9 +149,24 @@ class SquadSource:
         questions = [question_of(row, source) for row in rows]
         if split == "validation" and not questions:
             raise InputError(f"{source} must hold questions; there is none")
+        _refuse_misplaced(questions, source, notes)
         if self.version == "1.1" and (bad := next((q for q in questions if not q.answers), None)):
             raise InputError(f"{source}: {bad.question!r} has no answer; questions without one need data.version=2.0")
         return questions
+
+
+def _refuse_misplaced(questions: list[Question], source: str, notes: list[str]) -> None:
+    """Note answers that do not lie where their start says, and refuse many: spans are learned from there."""
+    answers = [(q, text, start) for q in questions for text, start in zip(q.answers, q.starts, strict=True)]
+    wrong = [(q, text) for q, text, start in answers if q.context[start : start + len(text)] != text]
+    if len(wrong) > MOST_MISPLACED * len(answers):
+        question, text = wrong[0]
+        raise InputError(
+            f"{source}: {len(wrong)} of {len(answers)} answers do not lie at their answer_start, must be at most "
+            f"{MOST_MISPLACED:.0%}; the first is {text!r} of {question.question!r}"
+        )
+    if wrong:
+        notes.append(f"{len(wrong)} of {len(answers)} answers of {source} do not lie at their answer_start")
 
 
 def original_rows(path: Path) -> list[Row]:

@@ -19,4 +19,4 @@ class Loss:
         for logits, batch in subject.predictions:
             total += float(subject.data.task.loss(logits, batch)) * len(logits)
             count += len(logits)
-        return Measurement(total / count, "nat", details={"samples": count})
+        return Measurement(total / count, getattr(subject.data.task, "loss_unit", "nat"), details={"samples": count})

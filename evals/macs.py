@@ -44,6 +44,8 @@ class Macs:
                 f"{model.name}; they must agree within {TOLERANCE:.0%}"
             )
         details = {"flops": 2 * analytic, "flop_counter": counted}
+        if "input_ids" in example:
+            details["tokens"] = example["input_ids"].shape[1]
         return {
             "macs": Measurement(analytic, "MAC/sample", details=details),
             "fvcore_flops": _fvcore_flops(model, example),

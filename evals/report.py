@@ -45,7 +45,7 @@ class Record:
     model_name: str = ""
     data_name: str = ""
     saved: str | None = None
-    data_notes: list[str] = field(default_factory=list)
+    source_notes: Sequence[Sequence[str]] = ()
     recovery: Recovered | None = None
     plots: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -125,7 +125,7 @@ class Record:
 
     def warnings(self) -> list[str]:
         """What a reader should know before the numbers."""
-        notes = list(self.data_notes)
+        notes = [note for source in self.source_notes for note in source]
         if self.status != "ok":
             notes.append(f"The run failed: {self.error}")
         if self.plan and self.plan.budget and self.plan.is_identity:
@@ -137,10 +137,11 @@ class Record:
         gain = self.pruned["latency"].details.get("speedup") if "latency" in self.pruned else None
         if gain is not None and gain < 1 and self.plan and not self.plan.is_identity:
             notes.append(f"The pruned model was not faster: {gain:.2f}x the speed of the dense one at this batch.")
-        if (accuracy := self.pruned.get("accuracy")) and accuracy.value is not None:
-            chance, error = (accuracy.details.get(key, 0.0) for key in ("chance", "standard_error"))
-            if accuracy.value <= chance + 2 * error:
-                notes.append(f"The pruned accuracy is within two standard errors of chance ({chance:.1%}).")
+        for side, found in (("dense", self.dense), ("pruned", self.pruned)):
+            if (accuracy := found.get("accuracy")) and accuracy.value is not None:
+                chance, error = (accuracy.details.get(key, 0.0) for key in ("chance", "standard_error"))
+                if accuracy.value <= chance + 2 * error:
+                    notes.append(f"The {side} accuracy is within two standard errors of chance ({chance:.1%}).")
         return notes
 
     def to_markdown(self) -> str:
@@ -166,7 +167,8 @@ class Record:
             place = f"{self.device['name']} ({self.device['type']}, {self.device['cpu_threads']} CPU threads)"
         plan = self.plan
         if plan is None or plan.budget is None:
-            return f"Nothing was pruned. Seed {self.seed}, on {place}."
+            what = f"{self.model_name} on {self.data_name}, nothing" if self.model_name else "Nothing"
+            return f"{what} was pruned. Seed {self.seed}, on {place}."
         recovery = self.recovery.facts if self.recovery else {}
         after = (
             f" Recovered by {recovery['method']}: {recovery['epochs']} epochs, {recovery['samples_seen']:,} samples, "

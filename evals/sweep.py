@@ -149,9 +149,7 @@ def _shown(value: object) -> str:
 
 def _draw_pareto(rows: Sequence[Row], path: Path) -> bool:
     """Draw quality against MACs, one line for each set of overrides other than the ratio."""
-    quality = next((str(row["quality"]) for row in rows if row.get("quality")), "accuracy")
-    y = f"pruned_{quality}"
-    points = [r for r in rows if r.get(y) is not None and r.get("pruned_macs") is not None]
+    points = [r for r in rows if _quality(r, "pruned") is not None and r.get("pruned_macs") is not None]
     if not points:
         return False
     from evals.plots import pareto, save_figure
@@ -161,10 +159,16 @@ def _draw_pareto(rows: Sequence[Row], path: Path) -> bool:
     for row in points:
         extra = [f"{key}={row.get(key, '')}" for key in others if key != "prune"]
         label = " ".join([str(row["method"]), *extra])
-        lines.setdefault(label, []).append((row["pruned_macs"], row[y]))
-    dense = sorted({(row["dense_macs"], row[f"dense_{quality}"]) for row in points})
-    save_figure(pareto(lines, dense, quality), path)
+        lines.setdefault(label, []).append((row["pruned_macs"], _quality(row, "pruned")))
+    dense = sorted({(row["dense_macs"], _quality(row, "dense")) for row in points})
+    names = dict.fromkeys(str(row["quality"]) for row in points)
+    save_figure(pareto(lines, dense, ", ".join(names)), path)
     return True
+
+
+def _quality(row: Row, side: str) -> Any:
+    """A job's own first metric of quality."""
+    return row.get(f"{side}_{row.get('quality')}")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -33,7 +33,9 @@ def rows(dense: Measurements, pruned: Measurements) -> list[tuple[str, ...]]:
 def _unit(found: Measurement) -> str:
     if found.unit == "fraction":
         return "%"
-    batch = found.details.get("batch")
+    batch, tokens = found.details.get("batch"), found.details.get("tokens")
+    if tokens:
+        return f"{found.unit} of {tokens} tokens"
     return f"{found.unit} (batch {batch})" if batch else found.unit
 
 
@@ -44,7 +46,7 @@ def shown(found: Measurement) -> str:
         return f"n/a ({found.reason})"
     if found.unit == "fraction":
         return f"{100 * value:.2f}"
-    if found.unit in ("nat", "ms"):
+    if found.unit in ("nat", "ms", "squared error"):
         return f"{value:.4f}" if abs(value) < 1 else f"{value:.3f}"
     scale, prefix = next(((s, p) for s, p in SCALES if abs(value) >= s), (1, ""))
     return f"{value / scale:.4g} {prefix}".strip() if scale > 1 else f"{value:.4g}"
@@ -56,7 +58,7 @@ def change(before: Measurement, after: Measurement) -> str:
         return ""
     if after.unit == "fraction":
         return f"{100 * (after.value - before.value):+.2f} points"
-    if after.unit == "nat":
+    if after.unit in ("nat", "squared error"):
         return f"{after.value - before.value:+.4f}"
     if "speedup" in after.details:
         return f"{after.details['speedup']:.2f}x as fast"

@@ -32,5 +32,5 @@ def terminal_table(dense: Measurements, pruned: Measurements) -> Table:
     for heading in ("dense", "pruned", "change", "unit"):
         table.add_column(heading, justify="left" if heading == "unit" else "right")
     for row in rows(dense, pruned):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table

@@ -134,10 +134,18 @@ def rows(network: nn.Module, module: str, index: Tensor) -> tuple[Slices, ...]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model was built: the builder's dotted name and its plain arguments."""
+    """How a model was built: the builder's dotted name and its plain arguments.
+
+    Attributes:
+        builder: Dotted name of the function.
+        arguments: What it is called with, as plain values.
+        exact_name: Whether the argument `name` decides the architecture, so that a checkpoint
+            saved under another one is refused.
+    """
 
     builder: str
     arguments: Mapping[str, Any]
+    exact_name: bool = False
 
 
 class PrunableModel(ABC):
@@ -152,6 +160,7 @@ class PrunableModel(ABC):
         has_weights: Whether the weights came with the model, from a checkpoint or a hub.
         preprocessing: What turns raw text or images into this model's inputs; None where
             the data comes as tensors.
+        notes: What a reader should know of how it was made; shown above the numbers.
     """
 
     def __init__(self, network: nn.Module, recipe: Recipe, training: Any = None) -> None:
@@ -160,6 +169,7 @@ class PrunableModel(ABC):
         self.training = training
         self.has_weights = False
         self.preprocessing: Any = None
+        self.notes: list[str] = []
         self.dense_counts = {group.name: group.count for group in self.unit_groups()}
         self.origin = {name: torch.arange(count) for name, count in self.dense_counts.items()}
 

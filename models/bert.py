@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from models.base import Attribute, Batch, Consumer, Emptied, PrunableModel, Recipe, UnitGroup, rows, unit_index
 from models.checkpoint import MANIFEST, load_weights, stored_recipe
-from models.hf import Head, build_network, config_of, load_tokenizer, loaded_network, text_preprocessing, write_stock
+from models.hf import (
+    HEAD_WORDS,
+    Head,
+    build_network,
+    config_of,
+    head_weights,
+    load_tokenizer,
+    loaded_network,
+    text_preprocessing,
+    write_stock,
+)
 from utils.errors import InputError
 from utils.rules import Count, ExistingPath, checked
 from utils.training import Training
@@ -194,7 +204,7 @@ def layout_of(network: nn.Module) -> Layout:
     kind = str(config.model_type)
     if kind not in LAYOUTS:
         why = NOT_COVERED.get(kind, f"its layout is not known here; covered are {', '.join(LAYOUTS)}")
-        raise InputError(f"model=bert: a {kind} cannot be cut exactly: {why}")
+        raise InputError(f"model=bert: the layout of {kind} cannot be cut exactly: {why}")
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise InputError(f"model=bert: this {kind} is configured as a decoder; an encoder is needed")
     return LAYOUTS[kind]
@@ -228,7 +238,7 @@ def bert(
     """
     if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file():
         asked = Recipe("models.bert.bert", {"name": name, "head": head, "classes": classes, "settings": {}})
-        return _saved(checkpoint, stored_recipe(checkpoint, asked), asked)
+        return _saved(checkpoint, stored_recipe(checkpoint, asked), asked, training if new_head else None)
     source = checkpoint or name
     if source is None:
         return _fresh(head, classes, settings, training)
@@ -238,6 +248,8 @@ def bert(
     recipe = Recipe("models.bert.bert", {**arguments, "settings": _plain(network)})
     model = Bert(network, recipe, None if complete else training)
     model.has_weights = complete
+    if not complete:
+        model.notes.append("The weights brought no head for this task: one was put on and trained with the model here.")
     model.preprocessing = text_preprocessing(load_tokenizer(source, checkpoint is not None), network.config)
     return model
 
@@ -248,16 +260,33 @@ def _fresh(head: Head, classes: int | None, settings: Mapping[str, Any] | None, 
     return Bert(network, Recipe("models.bert.bert", arguments), training)
 
 
-def _saved(checkpoint: str, recipe: Recipe, asked: Recipe) -> Bert:
-    """A model that `save=true` wrote, its sizes from the manifest."""
+def _saved(checkpoint: str, recipe: Recipe, asked: Recipe, new_head: Training | None) -> Bert:
+    """A model that `save=true` wrote, its sizes from the manifest; with a head to be trained if so asked."""
+    if new_head is not None:
+        return _saved_body(checkpoint, recipe, asked, new_head)
     stored = recipe.arguments
     for key in ("head", "classes"):
         wanted = asked.arguments[key]
         if wanted is not None and stored[key] is not None and wanted != stored[key]:
-            raise InputError(f"model.checkpoint={checkpoint}: was saved with {key}={stored[key]}, asked is {wanted}")
+            raise InputError(
+                f"model.checkpoint={checkpoint}: was saved with {key}={stored[key]}, asked is {wanted}; "
+                "model.new_head=true trains a new head on first use"
+            )
     model = Bert(build_network(stored["settings"], stored["head"], stored["classes"]), recipe)
     load_weights(model, checkpoint)
     model.preprocessing = text_preprocessing(load_tokenizer(checkpoint, True), model.network.config)
+    return model
+
+
+def _saved_body(checkpoint: str, recipe: Recipe, asked: Recipe, training: Training) -> Bert:
+    head, classes = asked.arguments["head"], asked.arguments["classes"]
+    network = build_network(recipe.arguments["settings"], head, classes)
+    arguments = {**recipe.arguments, "head": head, "classes": classes, "settings": _plain(network)}
+    model = Bert(network, Recipe(recipe.builder, arguments), training)
+    load_weights(model, checkpoint, skip=head_weights(network), foreign=HEAD_WORDS)
+    model.training, model.has_weights = training, False
+    model.preprocessing = text_preprocessing(load_tokenizer(checkpoint, True), network.config)
+    model.notes.append("The checkpoint's head was replaced: a new one was trained with the model here.")
     return model
 
 

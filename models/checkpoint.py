@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,7 +39,7 @@ def save_model(model: PrunableModel, folder: Path) -> Path:
     try:
         # transformers refuses a weights file that does not say where it comes from
         save_file(tensors_of(model), partial / WEIGHTS, metadata=METADATA)
-        manifest = _manifest(model) | {"not_stock": model.stock_files(partial)}
+        manifest = _manifest(model) | {"not_stock": _stock_files(model, partial)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         partial.chmod(0o755)
         old = partial.with_name(f"{partial.name}-old")
@@ -49,6 +50,18 @@ def save_model(model: PrunableModel, folder: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _stock_files(model: PrunableModel, folder: Path) -> str | None:
+    """Write what a stock library needs; a library that refuses must not cost the weights already there."""
+    try:
+        return model.stock_files(folder)
+    except Exception as error:  # a third party's writer
+        return f"its own library refused to write its configuration: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def how_to_load(folder: Path) -> str:
@@ -113,11 +126,14 @@ def stored_recipe(checkpoint: str, asked: Recipe) -> Recipe:
     if not isinstance(manifest["arguments"], dict) or set(manifest["arguments"]) - set(asked.arguments):
         odd = sorted(map(str, set(manifest["arguments"]) - set(asked.arguments)))
         raise InputError(f"model.checkpoint={checkpoint}: arguments of {MANIFEST} do not fit {asked.builder}: {odd}")
+    name, stored = asked.arguments.get("name"), manifest["arguments"].get("name")
+    if asked.exact_name and name is not None and stored is not None and name != stored:
+        raise InputError(f"model.checkpoint={checkpoint}: was saved from model.name={stored}, asked is {name}")
     # an argument that the builder has gained since then is as the configuration says
-    return Recipe(asked.builder, {**asked.arguments, **manifest["arguments"]})
+    return replace(asked, arguments={**asked.arguments, **manifest["arguments"]})
 
 
-def load_weights(model: M, checkpoint: str, skip: Sequence[str] = ()) -> M:
+def load_weights(model: M, checkpoint: str, skip: Sequence[str] = (), foreign: Sequence[str] = ()) -> M:
     """Shrink a freshly built dense model to a checkpoint's widths and load it strictly.
 
     Args:
@@ -125,6 +141,7 @@ def load_weights(model: M, checkpoint: str, skip: Sequence[str] = ()) -> M:
         checkpoint: A folder that `save=true` wrote, any folder with one weights file, or a
             `.safetensors`, `.pth`, `.pt` or `.bin` file.
         skip: Names that stay as they are whatever the checkpoint holds.
+        foreign: Parts of names that the checkpoint may hold beyond the model's.
 
     Raises:
         InputError: If a file is missing or damaged, or names and shapes differ.
@@ -139,7 +156,9 @@ def load_weights(model: M, checkpoint: str, skip: Sequence[str] = ()) -> M:
         path = _weights_in(path) or path / WEIGHTS
     held = _untied(model)
     kept = {name: held[name].detach() for name in skip if name in held}
-    tensors = {name: t for name, t in _read_tensors(path, checkpoint).items() if name not in skip} | kept
+    read = _read_tensors(path, checkpoint)
+    unwanted = {name for name in read if name not in held and any(part in name for part in foreign)}
+    tensors = {name: t for name, t in read.items() if name not in {*skip, *unwanted}} | kept
     _refuse_misfit(tensors, held, checkpoint)
     model.network.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))
     fill(model, tensors)
@@ -204,8 +223,8 @@ def _read_pickled(path: Path, checkpoint: str) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what the damage happens to cause
         raise InputError(
-            f"model.checkpoint={checkpoint}: {path.name} is damaged, or holds more than tensors "
-            f"(only weights are read): {str(error).splitlines()[0]}"
+            f"model.checkpoint={checkpoint}: {path.name} is damaged, or holds more than tensors; only weights are "
+            f"read, and nothing in the file was run ({type(error).__name__})"
         ) from error
     wrapper = next((key for key in WRAPPERS if isinstance(found, dict) and isinstance(found.get(key), dict)), None)
     found = found[wrapper] if wrapper else found

@@ -12,7 +12,7 @@ def refuse_misfit(model: PrunableModel, data: DataBundle) -> None:
     try:
         with torch.inference_mode():
             logits = model.logits(model.place(data.example))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError, KeyError, TypeError, IndexError) as error:
         shapes = {name: tuple(tensor.shape[1:]) for name, tensor in data.example.items()}
         raise InputError(
             f"model={model.name} cannot run on data={data.name}, whose samples have shape {shapes}: "

@@ -77,8 +77,9 @@ def build_network(settings: Mapping[str, Any], head: Head, classes: int | None) 
 
 def set_labels(config: Any, head: Head, classes: int | None) -> None:
     """Give a configuration as many labels as there are classes, unless it has its own names for them."""
-    if head == "classification" and classes is not None and config.num_labels != classes:
-        config.num_labels = classes
+    wanted = 2 if head == "question_answering" else classes  # a start and an end
+    if wanted is not None and config.num_labels != wanted:
+        config.num_labels = wanted
 
 
 def loaded_network(
@@ -99,6 +100,9 @@ def loaded_network(
                 f"{classes}; model.new_head=true trains a new classifier on first use"
             )
         config.num_labels = classes
+    config.problem_type = None  # it is the old head's; a new one may be of another kind
+
+    set_labels(config, head, classes)
 
     def load(only_here: bool) -> Any:
         with quiet():
@@ -122,6 +126,11 @@ def loaded_network(
 def _shape(network: nn.Module, name: str) -> tuple[int, ...] | str:
     tensor = network.state_dict().get(name)
     return "another layout" if tensor is None else tuple(tensor.shape)
+
+
+def head_weights(network: nn.Module) -> tuple[str, ...]:
+    """Names of what is put on the encoder."""
+    return tuple(n for n, _ in network.named_parameters() if any(word in n for word in HEAD_WORDS if word != "pooler"))
 
 
 def _renew_head(network: nn.Module) -> None:

@@ -131,6 +131,6 @@ def resnet(
     """
     arguments = {"name": name, "classes": classes, "settings": dict(settings or {})}
     return assembled(
-        ResNet, Recipe("models.resnet.resnet", arguments),
+        ResNet, Recipe("models.resnet.resnet", arguments, exact_name=True),
         pretrained=pretrained, checkpoint=checkpoint, new_head=new_head, training=training,
     )  # fmt: skip

@@ -160,6 +160,6 @@ def vit(
     """
     arguments = {"name": name, "classes": classes, "image_size": image_size, "settings": dict(settings or {})}
     return assembled(
-        ViT, Recipe("models.vit.vit", arguments),
+        ViT, Recipe("models.vit.vit", arguments, exact_name=True),
         pretrained=pretrained, checkpoint=checkpoint, new_head=new_head, training=training,
     )  # fmt: skip

@@ -55,11 +55,13 @@ class Budget:
         return self.sizes(costs.counts[group], costs.widths[group])
 
 
-def ratio_of(costs: CostModel, of: Budgeted, kept: Mapping[str, int]) -> float:
-    """Fraction of the budgeted quantity that is gone with `kept` units per group left."""
-    total, left = (
-        (sum(costs.counts.values()), sum(kept.values())) if of == "width" else (costs.total(of), costs.total(of, kept))
-    )
+def ratio_of(costs: CostModel, budget: Budget, kept: Mapping[str, int]) -> float:
+    """Fraction of the budgeted quantity that is gone; of the width, that of the groups that may go."""
+    if budget.of == "width":
+        free = [name for name in costs.counts if len(budget.sizes_of(costs, name)) > 1]
+        total, left = (sum(counts[name] for name in free) for counts in (costs.counts, kept))
+    else:
+        total, left = costs.total(budget.of), costs.total(budget.of, kept)
     return 1 - left / total if total else 0.0
 
 

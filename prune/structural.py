@@ -16,6 +16,7 @@ from prune.budget import Budget, Budgeted, ratio_of, refuse_unreachable
 from prune.normalize import Normalization, normalized
 from prune.search import select_units
 from prune.surgery import cut
+from utils.errors import InputError
 from utils.rules import Count, Ratio, Whole, check_fields
 
 
@@ -51,6 +52,8 @@ class Structural(ABC):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.kinds is not None and not self.kinds:
+            raise InputError("prune.kinds=[]: must name at least one kind of unit, or be null for all")
 
     @abstractmethod
     def rank(self, model: PrunableModel, data: DataBundle) -> Scores:
@@ -80,7 +83,7 @@ class Structural(ABC):
     def plan(self, model: PrunableModel, scores: Scores, costs: CostModel) -> Plan:
         """Keep the best units within the budget."""
         kept = self.select(self.combine(model, scores), costs)
-        reached = ratio_of(costs, self.budget, {name: len(index) for name, index in kept.items()})
+        reached = ratio_of(costs, self._budget, {name: len(index) for name, index in kept.items()})
         return Plan.of(model, kept, budget=self.budget, ratio_asked=self.ratio, ratio_reached=reached)
 
     def apply(self, model: PrunableModel, plan: Plan) -> PrunableModel:

@@ -50,8 +50,11 @@ def encoder(folder: Path) -> str:
     words.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))  # type: ignore[assignment]
     marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=words, **marks).save_pretrained(folder / "bert")
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 20}
-    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=160, **sizes)).save_pretrained(folder / "bert")
+    config = BertConfig(
+        vocab_size=len(WORDS), max_position_embeddings=160, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=20,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder / "bert")
     return f"model.checkpoint={folder / 'bert'}"
 
 

@@ -28,6 +28,7 @@ from tests.adapters import ADAPTERS
 from tests.test_cli import ROOT
 from tests.test_contract import logits, random_plan
 from utils.errors import InputError
+from utils.training import Training
 
 FAMILIES = [
     "deit",
@@ -213,7 +214,7 @@ def test_a_damaged_transformers_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["albert", "mpnet", "deberta-v2"])
 def test_an_encoder_that_cannot_be_cut_says_why(kind: str) -> None:
-    with pytest.raises(InputError, match=f"a {kind} cannot be cut exactly: {NOT_COVERED[kind]}"):
+    with pytest.raises(InputError, match=f"layout of {kind} cannot be cut exactly: {NOT_COVERED[kind]}"):
         bert(classes=3, settings={"model_type": kind, **TINY_BERT})
 
 
@@ -310,3 +311,49 @@ def test_what_the_hub_gave_once_is_found_without_network(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     for found, given in zip(torch.load(tmp_path / "found.pt"), (encoder.network, images), strict=True):
         assert all(torch.equal(found[name], tensor) for name, tensor in given.state_dict().items())
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    model, _ = ADAPTERS["deit"]()
+    folder = save_model(model, tmp_path / "model")
+    with pytest.raises(InputError, match="saved from model.name=deit_tiny_patch16_224, asked is deit_small"):
+        vit(name="deit_small_patch16_224", checkpoint=str(folder))
+
+
+def test_a_saved_bert_can_get_a_new_head(tmp_path: Path) -> None:
+    model, samples = ADAPTERS["bert"]()
+    pruned = cut(model, random_plan(model, 1))
+    folder = save_model(pruned, tmp_path / "model")
+    with pytest.raises(InputError, match="saved with classes=7, asked is 1; model.new_head=true"):
+        bert(checkpoint=str(folder), classes=1)
+    for head, classes, shape in (("classification", 1, (6, 1)), ("question_answering", None, (6, 9, 2))):
+        found = bert(checkpoint=str(folder), head=head, classes=classes, new_head=True, training=Training())  # type: ignore[arg-type]
+        assert logits(found, samples).shape == shape and not found.has_weights and found.notes
+        body = "bert.encoder.layer.1.output.dense.weight"
+        assert torch.equal(found.network.get_parameter(body), pruned.network.get_parameter(body))
+
+
+def test_a_regression_head_on_a_classifier_can_be_saved_as_stock(tmp_path: Path) -> None:
+    model, _ = ADAPTERS["bert"]()
+    model.network.config.problem_type = "single_label_classification"  # type: ignore[union-attr]
+    model.network.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    found = bert(checkpoint=str(tmp_path / "model"), classes=1, new_head=True)
+    assert "own library" in how_to_load(save_model(uniform_neurons(found, 5), tmp_path / "saved"))
+
+
+def test_a_stock_writer_that_fails_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = ADAPTERS["bert"]()
+
+    def fail(folder: Path) -> None:
+        raise ValueError("no room")
+
+    monkeypatch.setattr(model, "stock_files", fail)
+    folder = save_model(model, tmp_path / "model")
+    assert "refused to write its configuration: no room" in how_to_load(folder) and load(folder) is not None
+
+
+@pytest.mark.parametrize("name", ["empty.pth", "text.pth", "empty.safetensors"])
+def test_files_that_hold_no_weights_are_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("" if name.startswith("empty") else "hello")
+    with pytest.raises(InputError, match=f"{name} is damaged"):
+        vit(name="deit_tiny_patch16_224", checkpoint=str(tmp_path / name))

@@ -84,7 +84,7 @@ def test_classes_are_those_of_the_official_list_whatever_folders_there_are(root:
     assert labels.tolist() == [7] * 3 + [300] * 3 + [999] * 3 and labels.dtype == torch.int64
     assert source.task.misfit(torch.zeros(2, 1000)) is None and source.task.misfit(torch.zeros(2, 3))
     assert (source.train_samples, len(source.train), source.name, source.domain) == (12, 3, "imagenet", "vision")
-    assert source.example["inputs"].shape == (1, 3, 16, 16) and source.notes == ()
+    assert source.example["inputs"].shape == (1, 3, 16, 16) and source.notes == []
 
 
 def test_images_come_as_the_models_own_transform_makes_them(root: Path) -> None:

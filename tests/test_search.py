@@ -139,7 +139,7 @@ def test_width_removes_the_same_fraction_everywhere() -> None:
         kept = select_units(scores, costs, Budget("width", ratio))
         assert [len(kept["a"]), len(kept["b"])] == sizes
         assert kept["a"].tolist() == list(range(10 - sizes[0], 10))
-    assert ratio_of(costs, "width", {"a": 5, "b": 2}) == 0.5
+    assert ratio_of(costs, Budget("width", 0.5), {"a": 5, "b": 2}) == 0.5
 
 
 def test_ratios_are_taken_as_written() -> None:

@@ -56,7 +56,7 @@ def sketched_losses(model: PrunableModel, data: DataBundle, settings: Settings, 
                 for name, values in graph.distance_probe(generator).items():
                     losses["md"][name] += values / (len(batches) * probes)
                 advance("")
-            for name, values in graph.deviations(data, probes, generator).items():
+            for name, values in graph.deviations(data, max(4, probes // 4), generator).items():
                 losses["kd"][name] += settings.temperature**2 * values / len(batches)
     return losses
 
