@@ -76,8 +76,8 @@ def build_network(settings: Mapping[str, Any], head: Head, classes: int | None) 
 
 
 def set_labels(config: Any, head: Head, classes: int | None) -> None:
-    """Give a configuration as many labels as there are classes, unless it has its own names for them."""
-    wanted = 2 if head == "question_answering" else classes  # a start and an end
+    """Give a configuration as many labels as there are classes; a start and an end for answers."""
+    wanted = 2 if head == "question_answering" else classes
     if wanted is not None and config.num_labels != wanted:
         config.num_labels = wanted
 
@@ -99,10 +99,8 @@ def loaded_network(
                 f"{key}: first difference at the classifier: it answers in {config.num_labels} labels, the data has "
                 f"{classes}; model.new_head=true trains a new classifier on first use"
             )
-        config.num_labels = classes
-    config.problem_type = None  # it is the old head's; a new one may be of another kind
-
     set_labels(config, head, classes)
+    config.problem_type = None  # it is the old head's; a new one may be of another kind
 
     def load(only_here: bool) -> Any:
         with quiet():

@@ -43,18 +43,18 @@ def find_problems(cfg: DictConfig) -> list[str]:
     problems += _root_problems(plain)
     problems += _node_problems(plain, "")
     at_fault = {problem.key for problem in problems}
-    return [p.text for p in problems if _source(cfg, p.key) not in at_fault - {p.key}]
+    return [p.text for p in problems if not _sources(cfg, p.key) & (at_fault - {p.key})]
 
 
-def _source(cfg: DictConfig, key: str) -> str | None:
-    """The key that `key` takes its value from, if it is nothing but a reference."""
+def _sources(cfg: DictConfig, key: str) -> set[str]:
+    """The keys that `key` takes its value from by reference."""
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else cfg
     if not OmegaConf.is_dict(node) or leaf not in node:
-        return None
+        return set()
     raw = OmegaConf.to_container(node, resolve=False)[leaf]  # type: ignore[index, call-overload]
-    found = re.fullmatch(r"\$\{([\w.]+)\}", raw) if isinstance(raw, str) else None
-    return found.group(1) if found else None
+    found = re.findall(r"\$\{(?:oc\.select:)?([\w.]+)[},]", raw) if isinstance(raw, str) else []
+    return {f"{parent}{name}" if name.startswith(".") else name for name in found}
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
