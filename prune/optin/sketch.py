@@ -26,7 +26,7 @@ from utils.progress import progress_bar
 
 EXACTLY = ("head",)
 # random signs as a product of two thin matrices: as good as a full matrix, and cheaper to draw and to multiply
-RANK = 16
+RANK = 64
 # so few numbers a sample have their Jacobian taken whole
 MOST_OUTPUTS = 32
 

@@ -56,7 +56,7 @@ class Optin(Structural):
     engine: Literal["exact", "sketch"] = "exact"
     rows: Count = 768
     temperature: Positive = 4.0
-    probes: Count = 32
+    probes: Count = 24
     seed: Seed = 0
     memory_gb: Positive = 4.0
     loss: Loss = "md+kd"
