@@ -22,7 +22,7 @@ from models.bert import bert
 from models.vit import vit
 from prune.gates import gated, undisturbed
 from prune.optin.exact import Settings, Teacher, compared_points, group_losses, observe
-from prune.optin.trajectory import watched
+from utils.hooks import captured
 
 SHAPES: dict[str, Callable[[str | None], PrunableModel]] = {
     "deit_tiny": lambda path: vit(name="deit_tiny_patch16_224", checkpoint=path),
@@ -44,8 +44,7 @@ def plain_loss(model: PrunableModel, data: DataBundle, dense: dict[str, Tensor],
     """MD and KD of one unit, the published way."""
     gate = torch.ones(group.count)
     gate[unit] = 0
-    found: dict[str, Tensor] = {}
-    with gated(model, {group.name: gate}), watched(model.network, model.feature_points(), found.__setitem__):
+    with gated(model, {group.name: gate}), captured(model.network, model.feature_points()) as found:
         given = model.logits(data.calibration[0])
     distance = torch.zeros((), device=given.device)
     for name in compared_points(model, group.layer):
@@ -59,8 +58,7 @@ def plain_loss(model: PrunableModel, data: DataBundle, dense: dict[str, Tensor],
 def compare(model: PrunableModel, data: DataBundle, settings: Settings, sample: int) -> tuple[float, float, int]:
     """Extrapolated seconds of the plain loop and of ours over all units, and how many were timed."""
     teacher = observe(model, data.calibration[0], settings)
-    dense: dict[str, Tensor] = {}
-    with watched(model.network, model.feature_points(), dense.__setitem__):
+    with captured(model.network, model.feature_points()) as dense:
         wanted = model.logits(data.calibration[0])
     plain_total = ours_total = 0.0
     timed = 0

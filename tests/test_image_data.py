@@ -263,6 +263,8 @@ def test_a_broken_image_is_skipped_and_reported_once(
     sizes = [len(batch["labels"]) for batch in source.validation]
     assert sizes == [20, 20, 20, 19, 20, 20, 20, 10] == [len(batch["labels"]) for batch in source.validation]
     assert source.validation.skipped == 1
+    [note] = [note for note in source.notes if "can't be read" in note]
+    assert note.startswith("1 of the ") and str(path) in note
     [message] = skipped_of(caplog)
     assert message.startswith(str(path)) and caplog.records[-1].levelno == logging.WARNING
 

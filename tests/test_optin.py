@@ -20,12 +20,11 @@ from prune.optin.exact import Settings, compared_points, exact_losses
 from prune.optin.losses import draw_rows, feature_rows, manifold_distance
 from prune.optin.search import two_kinds
 from prune.optin.sketch import sketched_losses
-from prune.optin.trajectory import watched
 from prune.rankers.optin import Optin
 from prune.ranking import ranked
 from tests.adapters import ADAPTERS, batch, bundle_of
 from utils.errors import InputError, RunError
-from utils.hooks import replaying
+from utils.hooks import captured, replaying
 from utils.storage import Artifact, Scratch, Store
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("optin_*.safetensors"))
@@ -44,15 +43,13 @@ def plain_losses(model: PrunableModel, data: DataBundle, settings: Settings) -> 
     found = {term: {g.name: torch.zeros(g.count) for g in model.unit_groups()} for term in ("md", "md_final", "kd")}
     points = model.feature_points()
     for samples in data.calibration:
-        dense: dict[str, Tensor] = {}
-        with watched(model.network, points, dense.__setitem__):
+        with captured(model.network, points) as dense:
             wanted = model.logits(samples)
         for group in model.unit_groups():
             for unit in range(group.count):
                 gate = torch.ones(group.count)
                 gate[unit] = 0
-                moved: dict[str, Tensor] = {}
-                with gated(model, {group.name: gate}), watched(model.network, points, moved.__setitem__):
+                with gated(model, {group.name: gate}), captured(model.network, points) as moved:
                     given = model.logits(samples)
                 for name in compared_points(model, group.layer):
                     x, y = (_rows(side[name], samples) for side in (dense, moved))

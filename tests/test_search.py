@@ -179,6 +179,10 @@ def test_only_the_kinds_asked_for_go(of: Budgeted) -> None:
     lengths = {name: len(index) for name, index in kept.items()}
     assert all(lengths[n] == costs.counts[n] for n, kind in costs.kinds.items() if kind == "head")
     assert all(lengths[n] < costs.counts[n] for n, kind in costs.kinds.items() if kind == "neuron")
+    if of == "width":
+        assert ratio_of(costs, Budget("width", 0.2, kinds=("neuron",)), lengths) == pytest.approx(0.2), (
+            "heads do not count"
+        )
 
 
 def test_unknown_and_unreachable_kinds_are_refused() -> None:

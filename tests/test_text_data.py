@@ -586,3 +586,20 @@ def test_the_real_files(task: str, train: int, validation: int) -> None:
     tokens = sum(batch["attention_mask"].numel() for batch in data.validation)
     assert padding / tokens < 0.1, "samples of like length share a batch"
     assert 5 < data.example["input_ids"].shape[1] < 100
+
+
+def test_squad_answers_that_lie_elsewhere_are_noted_or_refused(tmp_path: Path) -> None:
+    rows = [{**row, "answers": dict(row["answers"])} for row in ASKED * 120]
+    rows[0]["answers"] = {"text": rows[0]["answers"]["text"], "answer_start": [0 for _ in rows[0]["answers"]["text"]]}
+    whole = [
+        text
+        for text, start in zip(*rows[0]["answers"].values(), strict=True)
+        if rows[0]["context"][start:].startswith(text)
+    ]
+    assert not whole, "the answer must not lie at the start"
+    [*_, note] = squad_bundle(write_squad(tmp_path / "few", rows, "jsonl")).notes
+    assert "do not lie at their answer_start" in note
+    for row in rows[:30]:
+        row["answers"] = rows[0]["answers"] | {"text": ["nowhere in it"] * len(rows[0]["answers"]["text"])}
+    with pytest.raises(InputError, match="do not lie at their answer_start, must be at most 1%"):
+        squad_bundle(write_squad(tmp_path / "many", rows, "jsonl"))

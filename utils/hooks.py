@@ -34,17 +34,21 @@ def is_hooked(network: nn.Module) -> bool:
 
 
 @contextmanager
+def watched(network: nn.Module, names: Iterable[str], watch: Callable[[str, Any], None]) -> Iterator[None]:
+    """Show what named modules give to a function, which takes the name and the output."""
+
+    def hook_of(name: str) -> Callable[..., None]:
+        return lambda module, args, output: watch(name, output)
+
+    with hooked(after=[(network.get_submodule(name), hook_of(name)) for name in names]):
+        yield
+
+
+@contextmanager
 def captured(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of named modules by name; the last call of each wins."""
     found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            found[name] = output
-
-        return hook
-
-    with hooked(after=[(network.get_submodule(name), keep(name)) for name in names]):
+    with watched(network, names, found.__setitem__):
         yield found
 
 

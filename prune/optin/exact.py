@@ -16,9 +16,9 @@ from data.base import DataBundle
 from models.base import Batch, PrunableModel, UnitGroup
 from prune.gates import calibration_of, undisturbed
 from prune.optin.losses import distilled, draw_rows, feature_rows, manifold_distance, sampled
-from prune.optin.trajectory import Recorded, always, block_calls, reusable, tiled, watched, without_units
+from prune.optin.trajectory import Recorded, always, block_calls, reusable, tiled, without_units
 from utils.errors import InputError
-from utils.hooks import replaying
+from utils.hooks import captured, replaying, watched
 from utils.progress import Advance, progress_bar
 from utils.storage import Artifact, Scratch
 
@@ -142,14 +142,8 @@ def _flat(losses: Losses) -> dict[str, Tensor]:
 
 def observe(model: PrunableModel, batch: Batch, settings: Settings) -> Teacher:
     """Run the dense model once and keep what candidates are compared with."""
-    found: dict[str, Tensor] = {}
-    outputs: dict[str, object] = {}
-
-    def keep(name: str, output: Tensor) -> None:
-        outputs[name] = output
-
     points = model.feature_points()
-    with watched(model.network, [*model.blocks()], keep), watched(model.network, points, found.__setitem__):
+    with captured(model.network, model.blocks()) as outputs, captured(model.network, points) as found:
         logits = model.logits(batch)
     teacher = Teacher(batch, logits, [outputs[name] for name in model.blocks()])
     for name in points:

@@ -19,9 +19,8 @@ from models.base import Batch, PrunableModel, UnitGroup
 from prune.gates import calibration_of, undisturbed
 from prune.optin.exact import Losses, Settings, exact_losses, observe
 from prune.optin.losses import sampled
-from prune.optin.trajectory import watched
 from utils.errors import InputError
-from utils.hooks import hooked
+from utils.hooks import captured, hooked
 from utils.progress import progress_bar
 
 EXACTLY = ("head",)
@@ -72,9 +71,8 @@ class Graph:
         self.gates = [gates[group.name] for group in groups]
         with torch.no_grad():
             rows = observe(model, batch, settings).rows
-        found: dict[str, Tensor] = {}
         with torch.enable_grad(), gates_by_sample(model, gates):
-            with watched(model.network, model.feature_points(), found.__setitem__):
+            with captured(model.network, model.feature_points()) as found:
                 self.logits = model.logits(batch)
             self.features = [sampled(found[name], rows[name])[0] for name in model.feature_points()]  # (K, d) each
         self.own = self._own_points()

@@ -1,7 +1,6 @@
 """The dense model's trajectory on one calibration batch, and running only what a masked unit changes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,6 @@ from torch.nn.functional import conv2d
 
 from models.base import Batch, PrunableModel, UnitGroup
 from utils.hooks import hooked, replaying
-
-Watch = Callable[[str, Tensor], None]
 
 
 def tiled(value: Any, times: int) -> Any:
@@ -27,17 +24,6 @@ def tiled(value: Any, times: int) -> Any:
 def always(value: Any) -> Callable[..., Any]:
     """A function that answers the same to everything."""
     return lambda *args, **kwargs: value
-
-
-@contextmanager
-def watched(network: nn.Module, names: Sequence[str], watch: Watch) -> Iterator[None]:
-    """Show the output of named modules to a function."""
-
-    def hook_of(name: str) -> Callable[..., None]:
-        return lambda module, args, output: watch(name, output)
-
-    with hooked(after=[(network.get_submodule(name), hook_of(name)) for name in names]):
-        yield
 
 
 @dataclass(frozen=True)
