@@ -2,12 +2,13 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from prune.base import GroupPlan, Plan, Scores
 from utils.files import write_atomically
@@ -25,18 +26,26 @@ def draw_plots(
     """Draw what there is to draw into `out/plots`; returns the paths relative to `out`."""
     folder = out / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {}
-    if plan.groups and plan.budget:
+    drawn: dict[str, Figure | bytes] = {}
+    if plan.tokens:
+        drawn["tokens.png"] = tokens_per_block(plan)
+    if plan.groups and plan.budget and not (plan.tokens and plan.keeps_all_units):
         drawn["kept_units.png"] = kept_units(plan)
     for term, groups in scores.terms.items():
         drawn[f"scores_{term}.png"] = scores_per_layer(plan, groups, term)
     if history:
-        drawn["training_curve.png"] = learning_curve(history, "training of the dense model")
+        drawn["training_curve.png"] = _dense_curve(tuple(tuple(row.items()) for row in history))
     if recovery:
         drawn["recovery_curve.png"] = learning_curve(recovery, "recovery of the pruned model")
     for name, figure in drawn.items():
         save_figure(figure, folder / name)
     return [f"plots/{name}" for name in drawn]
+
+
+@lru_cache(maxsize=8)
+def _dense_curve(history: tuple[tuple[tuple[str, float], ...], ...]) -> bytes:
+    """The dense model's learning curve as PNG; the same in every job of a sweep, so drawn once."""
+    return png(learning_curve([dict(row) for row in history], "training of the dense model"))
 
 
 def _by_kind(plan: Plan) -> dict[str, list[GroupPlan]]:
@@ -76,6 +85,24 @@ def kept_units(plan: Plan) -> Figure:
     return figure
 
 
+def tokens_per_block(plan: Plan) -> Figure:
+    """Tokens that enter the attention and the MLP of every block."""
+    figure, (axes,) = _panels(1)
+    at = np.arange(len(plan.token_counts))
+    for counts, half, shift, colour in zip(
+        zip(*plan.token_counts, strict=True), ("attention", "MLP"), (-0.2, 0.2), (KEPT, LINE), strict=True
+    ):
+        bars = axes.bar(at + shift, counts, 0.4, color=colour, label=half)
+        if len(at) <= 12 and half == "MLP":
+            axes.bar_label(bars, padding=1, fontsize=7)
+    axes.set(xlabel="layer", ylabel="tokens")
+    axes.set_xticks(at, [str(layer) for layer in at])
+    axes.set_ylim(0, max(n for n, _ in plan.token_counts) * 1.18)
+    axes.legend(loc="upper right", ncols=2, fontsize=8, frameon=False)
+    figure.suptitle(f"tokens per block: {plan.ratio_reached:.1%} of the {plan.budget} removed")
+    return figure
+
+
 def scores_per_layer(plan: Plan, scores: Mapping[str, "np.ndarray | object"], term: str) -> Figure:
     """Every unit's raw score by layer, kept ones and removed ones apart."""
     kinds = _by_kind(plan)
@@ -98,10 +125,18 @@ def scores_per_layer(plan: Plan, scores: Mapping[str, "np.ndarray | object"], te
         axes.set(title=f"{_plural(kind)}", xlabel="layer", ylabel=f"{term} score")
         axes.set_xticks(np.arange(len(groups)), [str(g.layer) for g in groups])
         if 0 < 10 * lowest < highest:
-            axes.set_yscale("log")
+            _log_scale(axes, few_decades=highest < 1000 * lowest)
     panels[0].legend(loc="best", fontsize=8, frameon=False)
     figure.suptitle(f"{term}: raw score of every unit")
     return figure
+
+
+def _log_scale(axes: Axes, few_decades: bool) -> None:
+    """A logarithmic y axis in plain numbers: matplotlib's powers are formulas, slower than all the rest."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few_decades else (1.0,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def learning_curve(history: Sequence[Mapping[str, float]], title: str) -> Figure:
@@ -148,8 +183,13 @@ def pareto(
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, completely or not at all."""
+def png(figure: Figure) -> bytes:
+    """Draw a figure."""
     content = io.BytesIO()
     figure.savefig(content, dpi=110, format="png")
-    write_atomically(path, content.getvalue())
+    return content.getvalue()
+
+
+def save_figure(figure: Figure | bytes, path: Path) -> None:
+    """Write a figure, or one that is drawn already, as PNG, completely or not at all."""
+    write_atomically(path, figure if isinstance(figure, bytes) else png(figure))

@@ -49,7 +49,7 @@ def _key(model: PrunableModel, data: DataBundle) -> dict[str, Any]:
         "weights": model.fingerprint(),
         "builder": model.recipe.builder,
         "arguments": dict(model.recipe.arguments),
-        "code": code_hash(type(model), type(data.task)),
+        "code": code_hash(type(model), *model.code, type(data.task)),
         "validation": data.fingerprints["validation"],
         "task": data.task.name,
         "dtype": str(model.dtype),

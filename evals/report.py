@@ -20,6 +20,7 @@ from prune.ranking import Ranking
 from prune.recovery.base import Recovered
 from utils.files import write_atomically
 
+NAMES = {"mlp": "MLP", "attention": "attention"}
 PHASES = ("load", "train", "rank", "search", "cut", "recover", "evaluate", "total")
 
 
@@ -45,6 +46,7 @@ class Record:
     model_name: str = ""
     data_name: str = ""
     saved: str | None = None
+    scores_note: str | None = None
     source_notes: Sequence[Sequence[str]] = ()
     recovery: Recovered | None = None
     plots: list[str] = field(default_factory=list)
@@ -60,6 +62,7 @@ class Record:
         """Take in what the scores were made from, and where they lie."""
         self.model_name, self.data_name = model.name, data.name
         self.fingerprints = {"model": model.fingerprint(), "data": data.fingerprint, "scores": ranking.fingerprint}
+        self.scores_note = ranking.scores.facts.get("note")
         self.cache = {"hit": ranking.hit, "path": str(ranking.path) if ranking.path else None}
 
     @contextmanager
@@ -126,6 +129,8 @@ class Record:
     def warnings(self) -> list[str]:
         """What a reader should know before the numbers."""
         notes = [note for source in self.source_notes for note in source]
+        notes += [self.scores_note] if self.scores_note else []
+        notes += self.plan.details.get("notes", []) if self.plan else []
         if self.status != "ok":
             notes.append(f"The run failed: {self.error}")
         if self.plan and self.plan.budget and self.plan.is_identity:
@@ -153,7 +158,9 @@ class Record:
         parts += [f"{self.saved}."] if self.saved else []
         if self.recovery and self.recovery.history:
             parts += ["## Recovery", history_table(self.recovery.history)]
-        if self.plan and self.plan.groups:
+        if self.plan and self.plan.tokens:
+            parts += ["## Tokens per block", self._token_table()]
+        if self.plan and self.plan.groups and not (self.plan.tokens and self.plan.keeps_all_units):
             parts += ["## What was kept", self._kept_table()]
         parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in self.plots]
         spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items() if seconds)
@@ -186,6 +193,14 @@ class Record:
         rows = ["| units | layer | kept | of |", "|---|--:|--:|--:|"]
         rows += [f"| {g.name} | {g.layer} | {len(g.kept)} | {g.count} |" for g in self.plan.groups]
         return "\n".join(rows)
+
+    def _token_table(self) -> str:
+        assert self.plan and self.plan.tokens
+        lines = ["| block | in the attention | in the MLP |", "|--:|--:|--:|"]
+        lines += [f"| {layer} | {n} | {m} |" for layer, (n, m) in enumerate(self.plan.token_counts)]
+        weighted = "counts each as often as it has members" if self.plan.tokens.proportional else "counts each once"
+        lines += ["", f"Merged before the {NAMES[self.plan.tokens.before]}; attention {weighted}."]
+        return "\n".join(lines)
 
     def _provenance(self) -> str:
         found = ", ".join(f"{name} `{(value or 'none')[:16]}`" for name, value in self.fingerprints.items())

@@ -6,11 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from types import ModuleType
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from models.merging import Reduction
+from utils.errors import InputError
 from utils.hooks import is_hooked
 
 Batch = dict[str, Tensor]
@@ -161,7 +164,11 @@ class PrunableModel(ABC):
         preprocessing: What turns raw text or images into this model's inputs; None where
             the data comes as tensors.
         notes: What a reader should know of how it was made; shown above the numbers.
+        reduction: How its tokens are merged on their way; None where all of them go through.
+        code: Modules beside the family's own that its outputs come from.
     """
+
+    code: ClassVar[tuple[ModuleType, ...]] = ()
 
     def __init__(self, network: nn.Module, recipe: Recipe, training: Any = None) -> None:
         self.network = network.eval()
@@ -170,6 +177,7 @@ class PrunableModel(ABC):
         self.has_weights = False
         self.preprocessing: Any = None
         self.notes: list[str] = []
+        self.reduction: Reduction | None = None
         self.dense_counts = {group.name: group.count for group in self.unit_groups()}
         self.origin = {name: torch.arange(count) for name, count in self.dense_counts.items()}
 
@@ -188,6 +196,32 @@ class PrunableModel(ABC):
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
         """Run the network on a batch; shape of the result depends on the task."""
+
+    @property
+    def protected_tokens(self) -> int:
+        """Tokens in front that are never merged: class, distillation and register tokens."""
+        return 0
+
+    def why_not_mergeable(self) -> str | None:
+        """Why its tokens can't be merged, in one line; None if they can."""
+        return "it has no tokens that can be merged"
+
+    def reduce_tokens(self, reduction: Reduction) -> None:
+        """Merge tokens from now on, in place; an earlier schedule is replaced.
+
+        Names of modules and tensors stay. A family whose tokens can be merged overrides `_merge_tokens`.
+
+        Raises:
+            InputError: If tokens of this model can't be merged, or the schedule has not one entry a block.
+        """
+        if reason := self.why_not_mergeable():
+            raise InputError(f"model={self.name}: {reason}")
+        reduction.refuse_misfit(len(self.blocks()))
+        self._merge_tokens(reduction)
+        self.reduction = reduction
+
+    def _merge_tokens(self, reduction: Reduction) -> None:
+        raise NotImplementedError(f"{type(self).__name__} says that its tokens can be merged, and does not say how")
 
     def stock_files(self, folder: Path) -> str | None:
         """Write what the family's own library needs beside the weights to load them.
@@ -231,8 +265,10 @@ class PrunableModel(ABC):
         return moved | inputs
 
     def fingerprint(self) -> str:
-        """Hash of every weight and buffer with its name, and of the recipe's builder."""
+        """Hash of every weight and buffer with its name, of the recipe's builder, and of how tokens merge."""
         digest = hashlib.sha256(self.recipe.builder.encode())
+        if self.reduction is not None:
+            digest.update(repr(self.reduction).encode())
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.base import PrunableModel, Recipe
+from models.merging import Reduction
 from models.slicing import keep_units
 from utils.errors import InputError
 
@@ -31,8 +32,8 @@ def save_model(model: PrunableModel, folder: Path) -> Path:
     """Write weights and manifest to `folder`, completely or not at all.
 
     The manifest holds the builder, its arguments, per unit group which units of the dense
-    network are left, and under `not_stock` why the family's own library can't load the
-    folder; null means that it can.
+    network are left, under `tokens` how they are merged (null: not at all), and under `not_stock`
+    why the family's own library can't load the folder; null means that it can.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -148,9 +149,11 @@ def load_weights(model: M, checkpoint: str, skip: Sequence[str] = (), foreign: S
     """
     path = Path(checkpoint)
     if (path / MANIFEST).is_file():
-        origin = _origin(_read_manifest(path), model, checkpoint)
+        manifest = _read_manifest(path)
+        origin = _origin(manifest, model, checkpoint)
         keep_units(model.network, model.unit_groups(), origin)
         model.origin.update(origin)
+        _merge_tokens(manifest, model, checkpoint)
         path = path / WEIGHTS
     elif path.is_dir():
         path = _weights_in(path) or path / WEIGHTS
@@ -173,6 +176,7 @@ def _manifest(model: PrunableModel) -> dict[str, Any]:
         "arguments": dict(model.recipe.arguments),
         "dtype": str(model.dtype).removeprefix("torch."),
         "units": {name: units.tolist() for name, units in model.origin.items()},
+        "tokens": model.reduction.to_json() if model.reduction else None,
     }
 
 
@@ -183,6 +187,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = {key: manifest[key] for key in ("format", "builder", "arguments", "units")}
+        found["tokens"] = manifest.get("tokens")  # a folder from before tokens could be merged has none
         found["not_stock"] = manifest.get("not_stock", "it was saved before stock folders were written")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"model.checkpoint={folder}: {MANIFEST} is damaged ({error!r})") from error
@@ -203,6 +208,15 @@ def _origin(manifest: Mapping[str, Any], model: PrunableModel, checkpoint: str) 
             rule = f"must be ascending units in [0, {counts[name]})"
             raise InputError(f"model.checkpoint={checkpoint}: units of {name} in {MANIFEST} are damaged; they {rule}")
     return {name: torch.tensor(kept, dtype=torch.int64) for name, kept in units.items()}
+
+
+def _merge_tokens(manifest: Mapping[str, Any], model: PrunableModel, checkpoint: str) -> None:
+    if manifest["tokens"] is None:
+        return
+    try:
+        model.reduce_tokens(Reduction.from_json(manifest["tokens"]))
+    except InputError as error:
+        raise InputError(f"model.checkpoint={checkpoint}: tokens of {MANIFEST} are damaged: {error}") from error
 
 
 def _read_tensors(path: Path, checkpoint: str) -> dict[str, Tensor]:

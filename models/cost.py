@@ -7,13 +7,13 @@ its kept dimensions, so a cost is a sum of products, not a sum of constants a un
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.base import Batch, PrunableModel, UnitGroup
-from utils.hooks import hooked
+from models.positions import positions_per_call
+from models.token_cost import TokenCosts, token_costs_of, why_no_token_costs
 
 Quantity = Literal["macs", "params"]
 Kept = Mapping[str, int]
@@ -49,12 +49,16 @@ class CostModel:
         counts: Units per group in the model as it is.
         widths: Features per unit of each group.
         kinds: What a unit of each group is.
+        tokens: The same MACs as a function of the tokens in each block; None where they can't be merged.
+        why_no_tokens: Why they can't, in one line.
     """
 
     terms: tuple[Term, ...]
     counts: dict[str, int]
     widths: dict[str, int]
     kinds: dict[str, str] = field(default_factory=dict)
+    tokens: TokenCosts | None = None
+    why_no_tokens: str | None = None
 
     def total(self, quantity: Quantity, kept: Kept | None = None) -> int:
         """MACs per sample or number of parameters with `kept` units per group (default all)."""
@@ -90,27 +94,9 @@ def cost_model(model: PrunableModel, example: Batch) -> CostModel:
     terms += [_attention_term(g, calls) for g in groups if g.pairwise_features and g.count]
     counts = {group.name: group.count for group in groups}
     widths, kinds = ({g.name: getattr(g, what) for g in groups} for what in ("width", "kind"))
-    return CostModel(tuple(terms), counts, widths, kinds)
-
-
-def positions_per_call(model: PrunableModel, example: Batch) -> dict[str, list[int]]:
-    """How many output positions each linear and convolution computes for one sample, call by call."""
-    seen: dict[str, list[int]] = {}
-
-    def counter(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            is_linear = isinstance(module, nn.Linear)
-            count = output.shape[:-1].numel() if is_linear else output[:, :1].numel()
-            seen.setdefault(name, []).append(count // batch_size)
-
-        return hook
-
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    modules = [(n, m) for n, m in model.network.named_modules() if isinstance(m, kinds)]
-    batch_size = len(next(iter(example.values())))
-    with torch.inference_mode(), hooked(after=[(m, counter(n)) for n, m in modules]):
-        model.logits(model.place(example))
-    return seen
+    why_no_tokens = why_no_token_costs(model)
+    tokens = None if why_no_tokens else token_costs_of(model, calls)
+    return CostModel(tuple(terms), counts, widths, kinds, tokens, why_no_tokens)
 
 
 def _weight_terms(network: nn.Module, groups: Sequence[UnitGroup], calls: Mapping[str, list[int]]) -> list[Term]:

@@ -80,7 +80,7 @@ def _key(model: PrunableModel, data: DataBundle, settings: Training, seed: int) 
         "builder": model.recipe.builder,
         "arguments": dict(model.recipe.arguments),
         "initial_weights": model.fingerprint(),
-        "code": code_hash(type(model), type(data.task), utils.training),
+        "code": code_hash(type(model), *model.code, type(data.task), utils.training),
         "train": data.fingerprints["train"],
         "training": asdict(settings),
         "seed": seed,

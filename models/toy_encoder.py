@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+import models.merging
 from models.base import Attribute, Batch, Consumer, PrunableModel, Recipe, UnitGroup, rows, unit_index
 from models.checkpoint import load_weights, stored_recipe
+from models.merging import Flow, Reduction
+from models.recast import recast
 from utils.errors import InputError
 from utils.rules import Count, ExistingPath, Ratio, checked
 from utils.training import Training
@@ -42,13 +45,31 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
+        return self._mixed(*self._projected(x))
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape = (self.heads, self.head_width)
         q, k, v = (
             project(x).unflatten(-1, shape).transpose(1, 2)  # (B, T, H*dh) -> (B, H, T, dh)
             for project in (self.query, self.key, self.value)
         )
-        mixed = scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return q, k, v
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B, H, T, dh) -> (B, T, H*dh)
+
+
+class MergingAttention(Attention):
+    """The same attention; it notes its keys and counts every token by its size."""
+
+    flow: Flow
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        q, k, v = self._projected(x)
+        self.flow.note_keys(k)
+        return self._mixed(q, k, v, self.flow.bias(x))
 
 
 class Block(nn.Module):
@@ -64,6 +85,20 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         x = x + self.dropout(self.attention(self.norm1(x)))
+        return x + self.dropout(self.fc2(gelu(self.fc1(self.norm2(x)))))
+
+
+class MergingBlock(Block):
+    """The same layer, with a merge before one of its halves."""
+
+    flow: Flow
+    layer: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T - r, D)."""
+        x = self.flow.enter(x, self.layer)
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        x = self.flow.leave_attention(x)
         return x + self.dropout(self.fc2(gelu(self.fc1(self.norm2(x)))))
 
 
@@ -93,6 +128,7 @@ class ToyEncoder(PrunableModel):
     """Heads and MLP neurons of the toy encoder as unit groups."""
 
     network: Encoder
+    code = (models.merging,)
 
     def unit_groups(self) -> tuple[UnitGroup, ...]:
         """One group of heads and one of neurons a block."""
@@ -110,6 +146,20 @@ class ToyEncoder(PrunableModel):
     def logits(self, batch: Batch) -> Tensor:
         """Class logits, (B, C)."""
         return self.network(batch["inputs"])
+
+    @property
+    def protected_tokens(self) -> int:
+        """The CLS token."""
+        return 1
+
+    def why_not_mergeable(self) -> None:
+        """It reads its answer from the CLS token alone."""
+
+    def _merge_tokens(self, reduction: Reduction) -> None:
+        flow = Flow(reduction, self.protected_tokens)
+        for layer, block in enumerate(self.network.blocks):
+            self.network.blocks[layer] = merging = recast(block, MergingBlock, flow=flow, layer=layer)
+            merging.attention = recast(block.attention, MergingAttention, flow=flow)  # type: ignore[arg-type]
 
     def _heads(self, layer: int) -> UnitGroup:
         name = f"blocks.{layer}.attention"

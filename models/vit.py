@@ -9,8 +9,12 @@ from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+import models.merging
+import models.vit_merging
 from models.base import Attribute, Batch, Consumer, PrunableModel, Recipe, UnitGroup, rows, unit_index
+from models.merging import Reduction
 from models.timm_models import assembled, write_stock
+from models.vit_merging import merging, why_not_mergeable
 from utils.errors import InputError
 from utils.rules import Count, ExistingPath, checked
 from utils.training import Training
@@ -20,6 +24,7 @@ class ViT(PrunableModel):
     """Heads of the fused qkv and MLP neurons as unit groups."""
 
     network: VisionTransformer
+    code = (models.merging, models.vit_merging)
 
     def __init__(self, network: nn.Module, recipe: Recipe, training: Training | None = None) -> None:
         refuse_uncovered(network, recipe.arguments["name"])
@@ -48,8 +53,22 @@ class ViT(PrunableModel):
         """Class logits, (B, C)."""
         return self.network(batch["inputs"])
 
+    @property
+    def protected_tokens(self) -> int:
+        """Class, distillation and register tokens."""
+        return self.network.num_prefix_tokens
+
+    def why_not_mergeable(self) -> str | None:
+        """Pooling must count a merged token by its size."""
+        return why_not_mergeable(self.network)
+
+    def _merge_tokens(self, reduction: Reduction) -> None:
+        self.network = merging(self.network, reduction)
+
     def stock_files(self, folder: Path) -> str | None:
         """Timm can express one MLP width for all blocks, and every head of the architecture."""
+        if self.reduction is not None and self.reduction.merges:
+            return "timm cannot express merged tokens"
         if any(group.count != self.dense_counts[group.name] for group in self.unit_groups() if group.kind == "head"):
             return "timm has no argument for fewer heads of the same width"
         neurons = {group.name: group.count for group in self.unit_groups() if group.kind == "neuron"}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from data.base import DataBundle
 from models.base import PrunableModel
 from models.cost import CostModel
+from models.merging import Reduction
 from utils.errors import RunError
 from utils.files import write_atomically
 
@@ -23,9 +24,11 @@ class Scores:
     Attributes:
         terms: Per term (a method with several keeps them apart) and unit group a float32
             CPU tensor, (count,).
+        facts: What else a method needs to know of them at search time, as plain values.
     """
 
     terms: Mapping[str, Mapping[str, Tensor]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for term, groups in self.terms.items():
@@ -42,13 +45,13 @@ class Scores:
         return {f"{t}/{g}": values for t, groups in self.terms.items() for g, values in groups.items()}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Scores":
+    def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> "Scores":
         """Undo `to_tensors`."""
         terms: dict[str, dict[str, Tensor]] = {}
         for name, values in tensors.items():
             term, _, group = name.partition("/")
             terms.setdefault(term, {})[group] = values
-        return cls(terms)
+        return cls(terms, facts or {})
 
 
 def _refuse_non_finite(term: str, group: str, values: Tensor) -> None:
@@ -79,13 +82,23 @@ class Plan:
         groups: One entry per unit group, in the model's order.
         budget: The quantity that the ratios refer to, or None for a plan without one.
         ratio_asked: Fraction of it that was to be removed.
-        ratio_reached: Fraction that the kept units remove.
+        ratio_reached: Fraction that the kept units and the merged tokens remove.
+        tokens: How tokens are merged on their way; None leaves their flow as it is.
+        token_counts: Tokens that then enter the attention and the MLP of each block.
+        details: What else a method has to say of it, as plain values.
     """
 
     groups: tuple[GroupPlan, ...]
     budget: str | None = None
     ratio_asked: float = 0.0
     ratio_reached: float = 0.0
+    tokens: Reduction | None = None
+    token_counts: tuple[tuple[int, int], ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.token_counts) != (len(self.tokens.merged) if self.tokens else 0):
+            raise ValueError(f"token_counts has {len(self.token_counts)} entries; it must have one a block of tokens")
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -93,9 +106,14 @@ class Plan:
         return {group.name: torch.tensor(group.kept, dtype=torch.int64) for group in self.groups}
 
     @property
-    def is_identity(self) -> bool:
-        """Whether nothing goes."""
+    def keeps_all_units(self) -> bool:
+        """Whether no unit goes."""
         return all(len(group.kept) == group.count for group in self.groups)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing goes: no unit, and no token."""
+        return self.keeps_all_units and not (self.tokens and self.tokens.merges)
 
     def summary(self) -> dict[str, Any]:
         """The plan as a record shows it: numbers of units, not their indices."""
@@ -108,8 +126,19 @@ class Plan:
             "ratio_asked": self.ratio_asked,
             "ratio_reached": self.ratio_reached,
             "groups": groups,
-            "tokens": None,
+            **self._token_summary(),
+            **({"details": dict(self.details)} if self.details else {}),
         }
+
+    def _token_summary(self) -> dict[str, Any]:
+        if self.tokens is None:
+            return {"tokens": None}
+        rows = [
+            {"layer": layer, "merged": merged, "attention": attention, "mlp": mlp}
+            for layer, (merged, (attention, mlp)) in enumerate(zip(self.tokens.merged, self.token_counts, strict=True))
+        ]
+        settings = {"before": self.tokens.before, "proportional": self.tokens.proportional}
+        return {"tokens": rows, "token_reduction": settings}
 
     def save(self, path: Path) -> None:
         """Write the plan, with every kept index, as JSON."""
@@ -125,17 +154,24 @@ class Plan:
         groups = (
             GroupPlan(r["name"], r["kind"], r["layer"], r["count"], tuple(r["kept_units"])) for r in found["groups"]
         )
-        return cls(tuple(groups), found["budget"], found["ratio_asked"], found["ratio_reached"])
+        rows = found["tokens"]
+        tokens = Reduction(tuple(r["merged"] for r in rows), **found["token_reduction"]) if rows is not None else None
+        counts = tuple((r["attention"], r["mlp"]) for r in rows or ())
+        ratios = (found["ratio_asked"], found["ratio_reached"])
+        return cls(tuple(groups), found["budget"], *ratios, tokens, counts, found.get("details", {}))
 
     @classmethod
-    def of(cls, model: PrunableModel, kept: Mapping[str, Tensor], **ratios: Any) -> "Plan":
-        """Make a plan for a model; groups that `kept` does not name stay whole."""
+    def of(cls, model: PrunableModel, kept: Mapping[str, Tensor], **others: Any) -> "Plan":
+        """Make a plan for a model; groups that `kept` does not name stay whole.
+
+        `others` are the plan's other fields.
+        """
         everything = {g.name: torch.arange(g.count) for g in model.unit_groups()}
         if unknown := kept.keys() - everything.keys():
             raise ValueError(f"kept names {sorted(unknown)}; the model's groups are {', '.join(everything)}")
         units = {name: tuple((kept.get(name, whole)).tolist()) for name, whole in everything.items()}
         groups = (GroupPlan(g.name, g.kind, g.layer, g.count, units[g.name]) for g in model.unit_groups())
-        return cls(tuple(groups), **ratios)
+        return cls(tuple(groups), **others)
 
 
 class Method(Protocol):

@@ -83,6 +83,7 @@ TINY_RESNET = "model.settings={layers: [1, 1, 1, 1], channels: [8, 8, 8, 8], ste
 REAL: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...]]] = {
     "deit_optin": (pictures, (TINY_VIT,)),
     "deit_optin_beta": (pictures, (TINY_VIT,)),
+    "deit_tome": (pictures, (TINY_VIT,)),
     "resnet_optin": (pictures, (TINY_RESNET, "prune.ratio=0.01")),
     "cifar_optin": (cifar, (TINY_VIT,)),
     "bert_optin": (sentences, ()),

@@ -1,0 +1,100 @@
+"""Timm's vision transformers with tokens merged on their way: the same weights under other forwards.
+
+Shapes: B samples, T tokens, D width, H heads, dh head width.
+"""
+
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from models.merging import Flow, Reduction
+from models.recast import recast
+
+
+class MergingAttention(Attention):
+    """Timm's attention that notes its keys and counts every token by its size."""
+
+    flow: Flow
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Map (B, T, D) to (B, T, D)."""
+        shape = (3, self.num_heads, self.head_dim)
+        parts = self.qkv(x).unflatten(-1, shape)  # (B, T, 3*H*dh) -> (B, T, 3, H, dh)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, dh)
+        q, k = self.q_norm(q), self.k_norm(k)
+        self.flow.note_keys(k)
+        mixed = self._mixed(q, k, v, self.flow.bias(x))
+        mixed = self.norm(mixed.transpose(1, 2).flatten(2))  # (B, H, T, dh) -> (B, T, H*dh)
+        if self.gate is not None:
+            mixed = mixed * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(mixed))
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        if self.fused_attn:
+            dropout = self.attn_drop.p if self.training else 0.0
+            return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        scores = (q * self.scale) @ k.mT
+        scores = scores if bias is None else scores + bias
+        return self.attn_drop(scores.softmax(dim=-1)) @ v
+
+
+class MergingBlock(Block):
+    """Timm's pre-norm block, with a merge before one of its halves."""
+
+    flow: Flow
+    layer: int
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Map (B, T, D) to (B, T - r, D)."""
+        x = self.flow.enter(x, self.layer)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        x = self.flow.leave_attention(x)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class MergingResPostBlock(ResPostBlock):
+    """Timm's block that normalises what is added, with a merge before one of its halves."""
+
+    flow: Flow
+    layer: int
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Map (B, T, D) to (B, T - r, D)."""
+        x = self.flow.enter(x, self.layer)
+        x = x + self.drop_path1(self.norm1(self.attn(x)))
+        x = self.flow.leave_attention(x)
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
+
+
+class AveragingVisionTransformer(VisionTransformer):
+    """Timm's vision transformer that averages patches, each token counted by its size."""
+
+    flow: Flow
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Map (B, T, D) to (B, D)."""
+        if pool_type not in (None, "avg"):
+            return super().pool(x, pool_type)
+        return self.flow.mean(x, 0 if self.pool_include_prefix else self.num_prefix_tokens)
+
+
+def why_not_mergeable(network: VisionTransformer) -> str | None:
+    """Why tokens of a network can't be merged, in one line; None if they can."""
+    pool = network.global_pool
+    if pool not in ("token", "avg"):
+        return f"global_pool={pool or 'none'} does not count a merged token by its size; token and avg do"
+    if pool == "avg" and type(network) not in (VisionTransformer, AveragingVisionTransformer):
+        return f"it averages tokens in a way of its own ({type(network).__name__})"
+    return None
+
+
+def merging(network: VisionTransformer, reduction: Reduction) -> VisionTransformer:
+    """The same weights as a network that merges tokens; the one given must not be used any more."""
+    averaged = network.global_pool == "avg"
+    flow = Flow(reduction, network.num_prefix_tokens, averaged)
+    for layer, block in enumerate(network.blocks):
+        kind = MergingResPostBlock if isinstance(block, ResPostBlock) else MergingBlock
+        network.blocks[layer] = recast(block, kind, flow=flow, layer=layer)
+        network.blocks[layer].attn = recast(block.attn, MergingAttention, flow=flow)  # type: ignore[arg-type]
+    return recast(network, AveragingVisionTransformer, flow=flow) if averaged else network

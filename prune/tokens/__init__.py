@@ -1,0 +1,1 @@
+"""Token reduction: schedules, and one file a method. The mechanism itself is in `models/merging.py`."""
