@@ -11,6 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from prune.optin.published_config import expanded
 from utils.cli import command, exit_codes, launch
 from utils.config import build
 
@@ -54,7 +55,7 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
             method, recovery = build(cfg.prune, METHOD), build(cfg.recover, RECOVERY)
             source, model = build(cfg.data), build(cfg.model)
             data = prepared(source, model)
-            record.source_notes = (model.notes, data.notes)
+            record.source_notes = (model.notes, data.notes, getattr(method, "notes", ()))
             model.network.to(device)
             refuse_untrained(model)
             refuse_misfit(model, data)
@@ -98,4 +99,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, Path(__file__).parent / "configs")
+    launch(main, Path(__file__).parent / "configs", expanded)

@@ -20,8 +20,9 @@ from data.imagenet import imagenet
 from models.base import PrunableModel
 from models.vit import vit
 from prune.gates import undisturbed
-from prune.optin.exact import Settings, group_losses, observe
+from prune.optin.candidates import group_losses
 from prune.optin.sketch import sketched_losses
+from prune.optin.teacher import Settings, observe
 
 
 def exact_sample(model: PrunableModel, data: DataBundle, settings: Settings, step: int) -> tuple[Tensor, Tensor]:

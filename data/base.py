@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -77,6 +77,15 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Distributing(Protocol):
+    """A task whose answers are distributions, compared by their KL."""
+
+    def distributions(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Logits with the outcomes last, (B, ..., outcomes); minus infinity where there is only padding."""
+        ...
+
+
 @dataclass(frozen=True)
 class Classification:
     """One label out of `classes` per sample: logits (B, C), labels (B,).
@@ -122,6 +131,10 @@ class Classification:
     def deviation(self, given: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
         """KL of each sample's labels, (..., B)."""
         return divergences(given, wanted)
+
+    def distributions(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The logits as they are, one distribution a sample."""
+        return logits
 
     def misfit(self, logits: Tensor) -> str | None:
         """Refuse a head of another width: scoring it would mix two label spaces."""

@@ -79,6 +79,10 @@ class QuestionAnswering:
         new, old = masked(given, batch), masked(wanted, batch)
         return divergences(new, old, dim=-2).sum(dim=-1)
 
+    def distributions(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Real positions of starts and of ends, (B, 2, T)."""
+        return masked(logits, batch).transpose(1, 2)
+
     def misfit(self, logits: Tensor) -> str | None:
         """Refuse a head that does not give two numbers a token."""
         if logits.ndim == 3 and logits.shape[2] == 2:

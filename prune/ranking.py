@@ -21,6 +21,28 @@ class Resumable(Protocol):
         ...
 
 
+@runtime_checkable
+class BuiltOn(Protocol):
+    """A method whose ranking goes on from that of another one, which is kept by itself."""
+
+    def base(self, model: PrunableModel, data: DataBundle) -> Method | None:
+        """The other method; None where this one starts from nothing."""
+        ...
+
+    def rank_from(self, base: Scores, model: PrunableModel, data: DataBundle, scratch: Scratch | None) -> Scores:
+        """Score what the other method did not."""
+        ...
+
+
+@runtime_checkable
+class Finding(Protocol):
+    """A method that may find scores of its own among the rankings."""
+
+    def found_in(self, root: Path, model: PrunableModel, data: DataBundle) -> Method:
+        """The method, told of them where they are."""
+        ...
+
+
 @dataclass(frozen=True)
 class Ranking:
     """Scores, and where they came from.
@@ -47,15 +69,25 @@ def ranked(method: Method, model: PrunableModel, data: DataBundle, store: Store)
     """
     if not method.ranks:
         return Ranking()
+    method = method.found_in(store.root, model, data) if isinstance(method, Finding) else method
     key = ranking_key(method, model, data)
 
     def compute(scratch: Scratch) -> Artifact:
-        scores = method.rank_on(model, data, scratch) if isinstance(method, Resumable) else method.rank(model, data)
-        return Artifact(scores.to_tensors(), {"method": method.name})
+        scores = _scored(method, model, data, store, scratch)
+        return Artifact(scores.to_tensors(), {"method": method.name, **scores.facts})
 
     folder = f"{data.domain}/{folder_name(data.name)}/{folder_name(model.name)}"
     found = store.fetch(folder, folder_name(method.name), key, compute)
-    return Ranking(Scores.from_tensors(found.artifact.tensors), key_hash(key), found.path, found.hit)
+    scores = Scores.from_tensors(found.artifact.tensors, found.artifact.facts)
+    return Ranking(scores, key_hash(key), found.path, found.hit)
+
+
+def _scored(method: Method, model: PrunableModel, data: DataBundle, store: Store, scratch: Scratch) -> Scores:
+    if isinstance(method, BuiltOn) and (base := method.base(model, data)) is not None:
+        return method.rank_from(ranked(base, model, data, store).scores, model, data, scratch)
+    if isinstance(method, Resumable):
+        return method.rank_on(model, data, scratch)
+    return method.rank(model, data)
 
 
 def ranking_key(method: Method, model: PrunableModel, data: DataBundle) -> dict[str, Any]:
@@ -64,7 +96,7 @@ def ranking_key(method: Method, model: PrunableModel, data: DataBundle) -> dict[
     units = [[g.name, g.kind, g.count, g.width, g.consumer.module] for g in model.unit_groups()]
     return {
         "ranker": f"{type(method).__module__}.{type(method).__qualname__}",
-        "code": code_hash(type(method), type(model), type(data.task), prune.gates, *own),
+        "code": code_hash(type(method), type(model), *model.code, type(data.task), prune.gates, *own),
         "settings": method.ranking_settings(),
         "weights": model.fingerprint(),
         "builder": model.recipe.builder,

@@ -15,16 +15,18 @@ from models.base import PrunableModel
 from models.cost import cost_model
 from prune.budget import Budget
 from prune.gates import gated
-from prune.optin.combine import combined, terms_of
-from prune.optin.exact import Settings, compared_points, exact_losses
+from prune.optin.combine import Positions, combined, terms_of
+from prune.optin.exact import exact_losses
 from prune.optin.losses import draw_rows, feature_rows, manifold_distance
+from prune.optin.precision import computed_in
 from prune.optin.search import two_kinds
 from prune.optin.sketch import sketched_losses
+from prune.optin.teacher import Settings, compared_points
 from prune.rankers.optin import Optin
 from prune.ranking import ranked
 from tests.adapters import ADAPTERS, batch, bundle_of
 from utils.errors import InputError, RunError
-from utils.hooks import captured, replaying
+from utils.hooks import captured, replaying, watched
 from utils.storage import Artifact, Scratch, Store
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("optin_*.safetensors"))
@@ -165,14 +167,13 @@ def test_one_constant_a_kind() -> None:
     found = combined(terms, groups, 2, "md+kd", 0.5, None)
     for kind in ("head", "neuron"):
         own = [g for g in groups if g.kind == kind]
-        distance = torch.cat(
-            [(terms["md"][g.name] + terms["md_final"][g.name]) / terms_of(g.layer, 2, True) for g in own]
-        )
+        distance = torch.cat([(terms["md"][g.name] + terms["md_final"][g.name]) / terms_of(g, 2, True) for g in own])
         deviation = torch.cat([terms["kd"][g.name] for g in own])
         expected = distance + 0.5 * distance.mean() / deviation.mean() * deviation
         assert torch.allclose(torch.cat([found[g.name] for g in own]), expected, rtol=1e-5)
-    assert [terms_of(layer, 3, True) for layer in range(3)] == [3, 2, 1]
-    assert [terms_of(layer, 3, False) for layer in range(3)] == [2, 1, 1]
+    assert [terms_of(Positions("", layer, "head"), 3, True) for layer in range(3)] == [3, 2, 1]
+    assert [terms_of(Positions("", layer, "head"), 3, False) for layer in range(3)] == [2, 1, 1]
+    assert [terms_of(Positions("", layer), 3, True) for layer in range(3)] == [3, 2, 2]
     silent = {**terms, "kd": {name: torch.zeros_like(v) for name, v in terms["kd"].items()}}
     only = combined(silent, groups, 2, "md", 0.5, None)
     assert all(torch.equal(v, only[n]) for n, v in combined(silent, groups, 2, "md+kd", 0.5, None).items())
@@ -295,3 +296,46 @@ def test_a_module_answers_by_one_function_at_a_time() -> None:
         assert "forward" in vars(model.network.get_submodule("norm"))
     assert "forward" not in vars(model.network.get_submodule("norm"))
     assert torch.isfinite(model.logits(samples)).all()
+
+
+@pytest.mark.parametrize("adapter", ["deit", "bert_question_answering"])
+def test_divergences_are_probed_where_there_are_many_outputs(adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prune.optin.sketch.MOST_OUTPUTS", 0)
+    model, samples = ADAPTERS[adapter]()
+    data = bundle_of(samples, 1)
+    exact, sketch = exact_losses(model, data, Settings()), sketched_losses(model, data, Settings(), probes=2048)
+    neurons = [group.name for group in model.unit_groups() if group.kind == "neuron"]
+    pairs = [torch.cat([losses["kd"][name] for name in neurons]).numpy() for losses in (exact, sketch)]
+    assert float(spearmanr(*pairs)[0]) >= 0.9  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["exact", "sketch"])
+def test_bfloat16_passes_rank_as_float32(engine: str) -> None:
+    model, samples = ADAPTERS["toy_images"]()
+    data = bundle_of(samples, 1)
+    full, half = (
+        Optin(engine=engine, precision=precision).rank(model, data).terms["md"]  # type: ignore[arg-type]
+        for precision in ("float32", "bfloat16")
+    )
+    pairs = [torch.cat([terms[name] for name in full]).numpy() for terms in (full, half)]
+    assert float(spearmanr(*pairs)[0]) >= 0.99  # type: ignore[arg-type]
+    assert not torch.equal(full["blocks.0.neurons"], half["blocks.0.neurons"])
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_tf32_is_on_for_its_passes_alone() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    with computed_in("tf32", torch.device("cpu")):
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    with computed_in("float32", torch.device("cpu")):
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_nothing_before_the_first_block_runs_again() -> None:
+    model, samples = ADAPTERS["toy_images"]()
+    data, runs = bundle_of(samples, 1), []
+    with watched(model.network, ["embed.project"], lambda name, output: runs.append(len(output))):
+        exact_losses(model, data, Settings())
+    groups = len(model.unit_groups())
+    assert set(runs) == {6} and len(runs) == 2 + groups  # features, what precedes the blocks, the calls of each group's

@@ -3,11 +3,12 @@
 0 done; 1 a run failed; 2 the configuration or an input is wrong.
 """
 
+import atexit
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +23,19 @@ from utils.errors import InputError, RunError
 WRONG_INPUT, RUN_FAILED, INTERRUPTED = 2, 1, 130
 
 
-def launch(main: Callable[[], None], config_dir: Path) -> None:
-    """Check the whole command line, every job of a sweep included, then hand over to Hydra."""
+def launch(main: Callable[[], None], config_dir: Path, expand: Callable[[Sequence[str]], list[str]] = list) -> None:
+    """Check the whole command line, every job of a sweep included, then hand over to Hydra.
+
+    Args:
+        main: What Hydra decorated.
+        config_dir: Where the configuration groups lie.
+        expand: Puts overrides into the command line that an argument stands for.
+    """
+    try:
+        sys.argv[1:] = expand(sys.argv[1:])  # where Hydra reads it
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(WRONG_INPUT)
     line = parse_command_line(sys.argv[1:], config_dir)
     if line is not None and (problems := command_line_problems(line)):
         count = "are mistakes" if len(problems) > 1 else "is a mistake"
@@ -32,6 +44,18 @@ def launch(main: Callable[[], None], config_dir: Path) -> None:
             print(f"  - {problem}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
     main()
+    leave()
+
+
+def leave() -> None:
+    """End a process that did its work; Python would first take torch apart, for a second.
+
+    Exit handlers run, and what was printed is flushed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def parse_command_line(arguments: list[str], config_dir: Path) -> CommandLine | None:

@@ -1,19 +1,37 @@
 """From raw losses to one score a unit, at search time: pure functions (OPTIN's clean rule)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from models.base import UnitGroup
-
 Loss = Literal["md", "kd", "md+kd"]
 Terms = Mapping[str, Mapping[str, Tensor]]
+TOKEN = "token"
+
+
+class Scored(Protocol):
+    """What is scored together: a unit group, or the token positions of a layer."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def kind(self) -> str: ...  # noqa: D102
+    @property
+    def layer(self) -> int: ...  # noqa: D102
+
+
+class Positions(NamedTuple):
+    """The token positions of one layer."""
+
+    name: str
+    layer: int
+    kind: str = TOKEN
 
 
 def combined(
-    terms: Terms, groups: Sequence[UnitGroup], layers: int, loss: Loss, lambda_c: float, constant: float | None
+    terms: Terms, groups: Sequence[Scored], layers: int, loss: Loss, lambda_c: float, constant: float | None
 ) -> dict[str, Tensor]:
     """`M / (number of terms) + c * KD`, with one constant c a kind of unit.
 
@@ -21,7 +39,7 @@ def combined(
 
     Args:
         terms: Raw `md`, `kd` and, where there is one, `md_final`; per group (count,).
-        groups: The unit groups.
+        groups: What was scored: unit groups, and token positions where they are.
         layers: Number of blocks.
         loss: Which losses count.
         lambda_c: Weight of the logits' loss beside the features'.
@@ -32,7 +50,7 @@ def combined(
     """
     final = "md_final" in terms
     distances = {
-        g.name: (terms["md"][g.name] + (terms["md_final"][g.name] if final else 0.0)) / terms_of(g.layer, layers, final)
+        g.name: (terms["md"][g.name] + (terms["md_final"][g.name] if final else 0.0)) / terms_of(g, layers, final)
         for g in groups
     }
     if loss == "md":
@@ -44,19 +62,20 @@ def combined(
     return {g.name: distances[g.name] + weights[g.kind] * terms["kd"][g.name] for g in groups}
 
 
-def terms_of(layer: int, layers: int, final: bool) -> int:
+def terms_of(group: Scored, layers: int, final: bool) -> int:
     """How many feature points a unit's distance sums over: those behind its layer, and the final one.
 
     The last layer has its own in place of those behind it; where there is a final one, its own
-    lies before its units and is always 0.
+    lies before its units and is always 0, but not before its tokens.
     """
-    return max(1, layers - 1 - layer + final)
+    behind = layers - 1 - group.layer + final
+    return behind + 1 if group.kind == TOKEN and group.layer == layers - 1 else max(1, behind)
 
 
 def _weight(
-    distances: Mapping[str, Tensor], kd: Mapping[str, Tensor], groups: Sequence[UnitGroup], kind: str, lambda_c: float
+    distances: Mapping[str, Tensor], kd: Mapping[str, Tensor], groups: Sequence[Scored], kind: str, lambda_c: float
 ) -> float:
-    names = [g.name for g in groups if g.kind == kind and g.count]
+    names = [g.name for g in groups if g.kind == kind and len(kd[g.name])]
     if not names:
         return 0.0
     distance, deviation = (float(torch.cat([found[n] for n in names]).double().mean()) for found in (distances, kd))
@@ -64,7 +83,7 @@ def _weight(
 
 
 def decayed(
-    scores: Mapping[str, Tensor], groups: Sequence[UnitGroup], layers: int,
+    scores: Mapping[str, Tensor], groups: Sequence[Scored], layers: int,
     by_kind: Mapping[str, float], last_layer: Mapping[str, float],
 ) -> dict[str, Tensor]:  # fmt: skip
     """Multiply scores by a factor a kind of unit, and by another in the last layer."""

@@ -58,6 +58,22 @@ def manifold_distance(masked: Tensor, dense: Tensor) -> Tensor:
     return left.sum(dim=(1, 2)) + right.sum(dim=(1, 2)) + 2 * both.sum(dim=(1, 2))
 
 
+def token_gram(features: Tensor, candidates: int = 1) -> Tensor:
+    """Mean over positions t of `X_t X_t^T`, X_t the samples' normalised features at t.
+
+    Args:
+        features: Output of a feature point, candidate-major along the batch, (C * B, ..., d).
+        candidates: How many are stacked.
+
+    Returns:
+        (C, B, B).
+    """
+    found = normalize(feature_rows(features, len(features)).float(), dim=-1)  # (C * B, T, d)
+    positions = found.shape[1]
+    flat = found.flatten(1).unflatten(0, (candidates, -1))  # (C, B, T * d)
+    return flat @ flat.transpose(1, 2) / positions
+
+
 def distilled(deviations: Tensor, temperature: float) -> Tensor:
     """`temp^2` times the sum of the samples' deviations (C, B), at least 0; returns (C,)."""
     return (temperature**2 * deviations.sum(dim=1)).clamp(min=0)

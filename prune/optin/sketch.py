@@ -4,7 +4,7 @@ MD is a squared distance of Grams with neither value nor gradient at the dense m
 leading term is the Gauss-Newton form. With an independent matrix of random signs V_z a feature
 point, `s = sum_z <V_z, G_z>` and gates g of ones, `E[(ds/dg_j)^2] = sum_z ||dG_z/dg_j||_F^2`,
 which is MD_j to that order. KD: where a sample has few logits their Jacobian is taken and the
-divergence evaluated at `y - dy/dg_j`; where it has many, `xi = sqrt(p) e - p <sqrt(p), sqrt(p) e>`
+divergence evaluated at `y - dy/dg_j`; where it has many, `xi = sqrt(p) e - p <sqrt(p), e>`
 has the covariance of their Fisher information, so `E[(d<xi, y>/dg_j)^2] = 2 KD_j`.
 """
 
@@ -14,11 +14,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from data.base import DataBundle
+from data.base import DataBundle, Distributing
 from models.base import Batch, PrunableModel, UnitGroup
 from prune.gates import calibration_of, undisturbed
-from prune.optin.exact import Losses, Settings, exact_losses, observe
+from prune.optin.exact import Losses, exact_losses
 from prune.optin.losses import sampled
+from prune.optin.precision import computed_in, in_float32
+from prune.optin.teacher import Settings, observe
 from utils.errors import InputError
 from utils.hooks import captured, hooked
 from utils.progress import progress_bar
@@ -47,7 +49,8 @@ def sketched_losses(model: PrunableModel, data: DataBundle, settings: Settings, 
     losses = exact_losses(model, data, settings, kinds=EXACTLY)
     groups = [group for group in model.unit_groups() if group.count and group.kind not in EXACTLY]
     generator = torch.Generator().manual_seed(settings.seed)
-    with undisturbed(model.network), progress_bar("optin sketch", len(batches) * probes) as advance:
+    precision = computed_in(settings.precision, model.device)
+    with undisturbed(model.network), precision, progress_bar("optin sketch", len(batches) * probes) as advance:
         for batch in batches:
             placed = model.place(batch)
             graph = Graph(model, placed, groups, settings)
@@ -74,12 +77,13 @@ class Graph:
         with torch.enable_grad(), gates_by_sample(model, gates):
             with captured(model.network, model.feature_points()) as found:
                 self.logits = model.logits(batch)
+            self.logits = self.logits.float()
             self.features = [sampled(found[name], rows[name])[0] for name in model.feature_points()]  # (K, d) each
         self.own = self._own_points()
 
     def distance_probe(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Squared response of every unit to one random probe of the Grams, (count,) each."""
-        with torch.enable_grad():
+        with torch.enable_grad(), in_float32(self.logits.device):
             parts = [probed(features, generator) for features in self.features]
             responses = self._gradients(torch.stack(parts).sum())
         found = {}
@@ -95,12 +99,14 @@ class Graph:
         outputs = self.logits[0].numel()
         if outputs <= MOST_OUTPUTS:
             return self._from_jacobian(data, outputs)
-        logits, probabilities = self._distributions(data)
+        logits = self._distributions(data)
+        probabilities = logits.detach().softmax(dim=-1)
+        logits = torch.where(probabilities > 0, logits, 0.0)  # what can't be has no share, and no gradient
         sums = {group.name: torch.zeros(group.count) for group in self.groups}
         for _ in range(probes):
             signs = _signs(probabilities.shape, generator).to(probabilities.device)
             root = probabilities.sqrt() * signs
-            probe = root - probabilities * (probabilities.sqrt() * root).sum(dim=-1, keepdim=True)
+            probe = root - probabilities * root.sum(dim=-1, keepdim=True)
             with torch.enable_grad():
                 responses = self._gradients((probe * logits).sum())
             for group, response in zip(self.groups, responses, strict=True):
@@ -119,14 +125,15 @@ class Graph:
             found[group.name] = data.task.deviation(given, self.logits.detach(), self.batch).sum(dim=-1).float().cpu()
         return found
 
-    def _distributions(self, data: DataBundle) -> tuple[Tensor, Tensor]:
-        """Logits as (distributions, outcomes), and their probabilities."""
-        if self.logits.ndim != 2:
+    def _distributions(self, data: DataBundle) -> Tensor:
+        """Logits as (B, ..., outcomes), float32."""
+        if not isinstance(data.task, Distributing):
             raise InputError(
-                f"prune.engine=sketch: takes one distribution a sample; data={data.name} has logits of shape "
-                f"{tuple(self.logits.shape)}; use prune.engine=exact"
+                f"prune.engine=sketch: the task of data={data.name} names no distributions, and its logits of shape "
+                f"{tuple(self.logits.shape)} are too many to take apart; use prune.engine=exact"
             )
-        return self.logits.float(), self.logits.detach().float().softmax(dim=-1)
+        with torch.enable_grad():
+            return data.task.distributions(self.logits, self.batch).float()
 
     def _gradients(self, scalar: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(scalar, self.gates, retain_graph=True, materialize_grads=True)

@@ -67,6 +67,30 @@ def block_calls(
     return calls
 
 
+def embedding_calls(model: PrunableModel, batch: Batch) -> list[Recorded]:
+    """Run a model up to its first block, and record the outermost calls of the modules before it."""
+    calls: list[Recorded] = []
+
+    class Enough(Exception):
+        """Ends the pass at the block."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise Enough
+
+    def hook_of(name: str) -> Callable[..., None]:
+        return lambda module, args, output: calls.append(Recorded(name, args, output))
+
+    first = model.blocks()[0]
+    outside = [(n, m) for n, m in model.network.named_modules() if n and not f"{first}.".startswith(f"{n}.")]
+    stops = [(model.network.get_submodule(first), stop)]
+    with hooked(before=stops, after=[(m, hook_of(n)) for n, m in outside]):
+        try:
+            model.logits(batch)
+        except Enough:
+            pass
+    return _outermost(calls)
+
+
 def without_units(consumer: nn.Module, read: Tensor, gave: Tensor, group: UnitGroup, units: Sequence[int]) -> Tensor:
     """What a consumer gives when one unit is masked, for several units stacked along the batch.
 
@@ -90,9 +114,11 @@ def without_units(consumer: nn.Module, read: Tensor, gave: Tensor, group: UnitGr
         weight = consumer.weight.index_select(group.consumer.weight_dim, index)  # type: ignore[arg-type]
         if isinstance(consumer, nn.Conv2d):
             settings = (consumer.stride, consumer.padding, consumer.dilation)
-            parts.append(gave - conv2d(taken, weight, None, *settings))  # type: ignore[arg-type]
+            part = conv2d(taken.to(weight.dtype), weight, None, *settings)  # type: ignore[arg-type]
         else:
-            parts.append(gave - taken @ weight.T)
+            part = taken.to(weight.dtype) @ weight.T
+        # where passes run in less than the weights' precision, a small part would be rounded away
+        parts.append(gave.to(weight.dtype) - part)
     return torch.cat(parts)
 
 
@@ -103,5 +129,11 @@ def reusable(calls: Sequence[Recorded], consumer: str) -> list[Recorded]:
     """
     names = [call.name for call in calls]
     before = calls[: names.index(consumer)]
-    free = [call for call in before if not consumer.startswith(f"{call.name}.") and names.count(call.name) == 1]
-    return [call for call in free if not any(call.name.startswith(f"{other.name}.") for other in free)]
+    return _outermost([call for call in before if not consumer.startswith(f"{call.name}.")], names)
+
+
+def _outermost(calls: Sequence[Recorded], every: Sequence[str] | None = None) -> list[Recorded]:
+    """Calls of modules that ran once and lie in no other of them."""
+    names = [call.name for call in calls] if every is None else every
+    once = [call for call in calls if names.count(call.name) == 1]
+    return [call for call in once if not any(call.name.startswith(f"{other.name}.") for other in once)]

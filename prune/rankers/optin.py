@@ -1,30 +1,41 @@
 """OPTIN: mask one unit, see how far features and logits move (Khaki and Plataniotis, ICLR 2024, arXiv:2403.17921)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import Tensor
 
 from data.base import DataBundle
 from models.base import PrunableModel
 from models.cost import CostModel
-from prune.base import Scores
+from prune.base import Method, Plan, Scores
 from prune.normalize import normalized
-from prune.optin import exact, losses, sketch, trajectory
+from prune.optin import candidates, exact, losses, precision, sketch, teacher, tokens, trajectory
 from prune.optin.combine import Loss, combined, decayed
-from prune.optin.exact import Settings, exact_losses, refuse_without_trajectory
+from prune.optin.exact import exact_losses
+from prune.optin.facts import facts_of, has_pads
+from prune.optin.precision import Precision
+from prune.optin.published import content_hash, find_published, published_scores
+from prune.optin.published_config import from_published
+from prune.optin.released import Released, released_plan
 from prune.optin.search import two_kinds
 from prune.optin.sketch import sketched_losses
+from prune.optin.teacher import Settings, refuse_without_trajectory
 from prune.search import select_units
 from prune.structural import Structural
-from utils.rules import Count, NonNegative, Positive, Seed
+from utils.errors import InputError
+from utils.rules import Count, ExistingPath, NonNegative, Positive, Seed
 from utils.storage import Scratch
 
+CODE = (candidates, exact, losses, precision, sketch, teacher, tokens, trajectory)
 SEARCHED = frozenset({
-    "loss", "lambda_c", "constant", "head_decay", "neuron_decay", "last_head_decay", "last_neuron_decay", "search",
-    "mode", "memory_gb",
+    "loss", "lambda_c", "constant", "head_decay", "neuron_decay", "token_decay", "last_head_decay",
+    "last_neuron_decay", "token_envelope", "aggregate", "head_final", "neuron_final", "search", "memory_gb",
+    "published",
 })  # fmt: skip
+PUBLISHED = "published"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,42 +45,101 @@ class Optin(Structural):
     Raw losses are kept; everything from `loss` on acts at search time and hits the cache.
 
     Attributes:
-        mode: `clean`, the method as intended.
+        mode: `clean`, the method as intended; or `compat`, which selects as the released code
+            does, quirks included, and reads `ratio` as a fraction of the encoder's MACs.
         engine: `exact` masks every unit by itself; `sketch` estimates all of them from `probes`
             backward passes, and scores heads exactly.
         rows: Feature rows that stand for a calibration batch.
         temperature: Its square is the factor of the logits' divergence.
         probes: Random probes of the sketch.
         seed: Of the rows and the probes.
+        precision: What passes are computed in: `float32`, `tf32` (on CUDA), or `bfloat16`.
         memory_gb: What the candidates of one pass may take.
+        rankings: Folder with rankings that the authors published, instead of scoring anything;
+            these are final, so that `loss` to `token_envelope` do not act on them.
+        published: Configuration file of the authors, from which the other settings were taken.
         loss: Which losses count: `md`, `kd` or `md+kd`.
         lambda_c: Weight of the logits' divergence, relative to the mean distance.
-        constant: A literal weight in its place.
+        constant: A literal weight in its place (clean mode).
         head_decay: Factor on all heads.
         neuron_decay: Factor on all neurons.
+        token_decay: Factor on all token positions.
         last_head_decay: Factor on the last layer's heads.
-        last_neuron_decay: Factor on the last layer's neurons.
-        search: `greedy` by score per cost, or `optin`, the top heads and the neurons that fit.
+        last_neuron_decay: Factor on the last layer's neurons; in compat mode on its tokens, too.
+        token_envelope: Factor on token distances that grows from 1 to this over the layers (compat mode).
+        aggregate: Whether distances are sums or means over the Gram (compat mode).
+        head_final: Whether heads of the last layer are judged by its own feature point (compat mode).
+        neuron_final: The same for neurons.
+        search: `greedy` by score per cost, or `optin`, the top heads and the neurons that fit (clean mode).
     """
 
-    mode: Literal["clean"] = "clean"
+    mode: Literal["clean", "compat"] = "clean"
     engine: Literal["exact", "sketch"] = "exact"
     rows: Count = 768
     temperature: Positive = 4.0
     probes: Count = 24
     seed: Seed = 0
+    precision: Precision = "float32"
     memory_gb: Positive = 4.0
+    rankings: ExistingPath | None = None
+    published: ExistingPath | None = None
     loss: Loss = "md+kd"
     lambda_c: NonNegative = 0.1
     constant: NonNegative | None = None
     head_decay: NonNegative = 1.0
     neuron_decay: NonNegative = 1.0
+    token_decay: NonNegative = 1.0
     last_head_decay: NonNegative = 1.0
     last_neuron_decay: NonNegative = 1.0
+    token_envelope: Positive = 1.0
+    aggregate: Literal["sum", "mean"] = "sum"
+    head_final: bool = True
+    neuron_final: bool = True
     search: Literal["greedy", "optin"] = "greedy"
 
     search_fields = Structural.search_fields | SEARCHED
-    ranking_code = (exact, losses, sketch, trajectory)
+    ranking_code = CODE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode == "compat" and self.lambda_c == 0 and self.loss == "md+kd":
+            raise InputError("prune.lambda_c=0: must be above 0 in compat mode, which divides by it; or prune.loss=md")
+        if self.mode == "compat" and self.budget != "macs":
+            raise InputError(f"prune.budget={self.budget}: must be macs in compat mode")
+
+    @property
+    def notes(self) -> list[str]:
+        """What the published configuration asked for and does not get."""
+        return [] if self.published is None else from_published(Path(self.published)).notes
+
+    def check(self, costs: CostModel) -> None:
+        """Refuse a ratio that the floors make unreachable; the released search knows no floors."""
+        if self.mode == "clean":
+            super().check(costs)
+
+    def ranking_settings(self) -> dict[str, Any]:
+        """All settings but those used at search time; published rankings by their content, and nothing else."""
+        if self.rankings is not None:
+            return {"rankings": content_hash(Path(self.rankings))}
+        names = [f.name for f in fields(self) if f.name not in self.search_fields | {"rankings"}]
+        return {name: getattr(self, name) for name in names}
+
+    def found_in(self, root: Path, model: PrunableModel, data: DataBundle) -> "Optin":
+        """Take published rankings that lie where the released code looks for them (compat mode)."""
+        if self.mode == "clean" or self.rankings is not None:
+            return self
+        found = find_published(root, data.domain, data.name, model.name)
+        return self if found is None else replace(self, rankings=str(found))
+
+    def base(self, model: PrunableModel, data: DataBundle) -> Method | None:
+        """Compat mode starts from the clean raw scores where no padding tells the two apart."""
+        if self.mode == "clean" or self.rankings is not None or has_pads(data):
+            return None
+        return clean_units(self, engine="exact")
+
+    def rank_from(self, base: Scores, model: PrunableModel, data: DataBundle, scratch: Scratch | None) -> Scores:
+        """Score the heads anew, behind the masks that the released code leaves in place."""
+        return with_leaked_heads(base, exact_losses(model, data, self._settings(), scratch, ["head"], leak=True), model)
 
     def rank(self, model: PrunableModel, data: DataBundle) -> Scores:
         """Score all units; see `rank_on`."""
@@ -82,19 +152,71 @@ class Optin(Structural):
             InputError: If the model has no feature points, or there is no calibration data.
         """
         refuse_without_trajectory(model)
-        settings = Settings(self.rows, self.temperature, self.seed, self.memory_gb)
-        if self.engine == "exact":
-            return Scores(exact_losses(model, data, settings, scratch))
-        return Scores(sketched_losses(model, data, settings, self.probes))
+        facts = facts_of(model, data, self.rows)
+        if self.rankings is not None:
+            found = published_scores(Path(self.rankings), model, facts["tokens"])
+            note = f"The scores are the published ranking in {self.rankings}: final, so that no weight or decay acts."
+            return Scores(found.terms, facts | {"note": note})
+        if self.engine == "sketch" and self.mode == "clean":
+            return Scores(sketched_losses(model, data, self._settings(), self.probes), facts)
+        return Scores(exact_losses(model, data, self._settings(), scratch, leak=self.mode == "compat"), facts)
 
     def combine(self, model: PrunableModel, scores: Scores) -> Mapping[str, Tensor]:
-        """Weigh the losses against each other."""
-        groups, layers = model.unit_groups(), len(model.blocks())
+        """Weigh the losses against each other (clean rule); published scores are final."""
+        if PUBLISHED in scores.terms:
+            return scores.terms[PUBLISHED]
+        groups, layers = self._scored(model), len(model.blocks())
         joined = combined(scores.terms, groups, layers, self.loss, self.lambda_c, self.constant)
-        last = {"head": self.last_head_decay, "neuron": self.last_neuron_decay}
-        return decayed(joined, groups, layers, {"head": self.head_decay, "neuron": self.neuron_decay}, last)
+        return decayed(joined, groups, layers, *self._decays())
 
     def select(self, scores: Mapping[str, Tensor], costs: CostModel) -> dict[str, Tensor]:
         """Kept units by the chosen search."""
         search = two_kinds if self.search == "optin" else select_units
-        return search(normalized(scores, self.normalize), costs, self._budget)
+        units = {name: scores[name] for name in costs.counts}
+        return search(normalized(units, self.normalize), costs, self._budget)
+
+    def plan(self, model: PrunableModel, scores: Scores, costs: CostModel) -> Plan:
+        """Keep the best units within the budget."""
+        if self.mode == "compat":
+            return released_plan(model, scores, costs, self._released())
+        return super().plan(model, scores, costs)
+
+    def _scored(self, model: PrunableModel) -> tuple[Any, ...]:
+        return model.unit_groups()
+
+    def _settings(self) -> Settings:
+        pads = self.mode == "compat"
+        return Settings(self.rows, self.temperature, self.seed, self.memory_gb, self.precision, pads)
+
+    def _decays(self) -> tuple[dict[str, float], dict[str, float]]:
+        return (
+            {"head": self.head_decay, "neuron": self.neuron_decay, "token": self.token_decay},
+            {"head": self.last_head_decay, "neuron": self.last_neuron_decay},
+        )
+
+    def _released(self) -> Released:
+        """What the released search is given."""
+        by_kind, last = self._decays()
+        return Released(
+            ratio=self.ratio,
+            loss=self.loss,
+            lambda_c=self.lambda_c,
+            by_kind=by_kind,
+            last_layer=last | {"token": self.last_neuron_decay},
+            envelope=self.token_envelope,
+            mean=self.aggregate == "mean",
+            final={"head": self.head_final, "neuron": self.neuron_final},
+        )
+
+
+def clean_units(method: Optin, **changed: Any) -> Optin:
+    """OPTIN's clean scoring of heads and neurons with the same ranking settings."""
+    kept = {f.name: getattr(method, f.name) for f in fields(Optin) if f.name not in Optin.search_fields}
+    return Optin(**(kept | {"mode": "clean", "rankings": None, "memory_gb": method.memory_gb} | changed))
+
+
+def with_leaked_heads(base: Scores, leaked: Mapping[str, Mapping[str, Tensor]], model: PrunableModel) -> Scores:
+    """The base's raw losses with those of heads replaced."""
+    heads = [group.name for group in model.unit_groups() if group.kind == "head"]
+    terms = {term: {**base.terms[term], **{name: leaked[term][name] for name in heads}} for term in base.terms}
+    return Scores(terms, base.facts)

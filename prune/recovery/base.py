@@ -109,7 +109,7 @@ class TrainedRecovery(Training, ABC):
     def _key(self, pruned: PrunableModel, dense: PrunableModel, data: DataBundle, seed: int) -> dict[str, Any]:
         return {
             "recovery": f"{type(self).__module__}.{type(self).__qualname__}",
-            "code": code_hash(type(self), type(pruned), type(data.task), utils.training),
+            "code": code_hash(type(self), type(pruned), *pruned.code, type(data.task), utils.training),
             "settings": asdict(replace(self, use="last")),
             "pruned": pruned.fingerprint(),
             "dense": dense.fingerprint(),

@@ -1,0 +1,163 @@
+"""Passes of stacked candidates: every unit of a group masked by itself, only what that changes computed again.
+
+For a unit of block i the blocks before it answer from memory, and so does everything in block
+i up to the linear that reads the unit; that linear takes the unit's part from its dense output
+instead of multiplying again. Several candidates are stacked along the batch.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from data.base import DataBundle
+from models.base import Batch, PrunableModel, UnitGroup
+from prune.optin.losses import distilled, manifold_distance, sampled
+from prune.optin.precision import in_float32
+from prune.optin.teacher import Settings, Teacher, compared_points, tensors_of
+from prune.optin.trajectory import Recorded, always, block_calls, reusable, tiled, without_units
+from utils.hooks import replaying, watched
+from utils.progress import Advance
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+# on a CPU larger stacks only leave its caches
+MOST_BYTES_ON_CPU = 8 * 2**20
+
+Losses = dict[str, Tensor]
+
+
+def group_losses(
+    model: PrunableModel, data: DataBundle, teacher: Teacher, group: UnitGroup, settings: Settings, advance: Advance
+) -> Losses:
+    """Losses of every unit of one group on one batch, each (count,)."""
+    calls = calls_of_block(model, teacher, group.layer)
+    scorer = _UnitPasses(model, data, teacher, group, calls)
+    size = candidates_at_once(calls, settings, model.device)
+    return in_chunks(group.count, size, lambda units: scorer.losses(units, settings.temperature), scorer, advance)
+
+
+def calls_of_block(model: PrunableModel, teacher: Teacher, layer: int) -> list[Recorded]:
+    """The dense model's calls inside one block, in order."""
+    earlier = zip(model.blocks()[:layer], teacher.blocks, strict=False)
+    answers = {name: always(output) for name, output in earlier}
+    return block_calls(model, teacher.batch, answers, model.blocks()[layer])
+
+
+def in_chunks(count: int, size: int, losses: Callable[[range], Losses], cached: "Stacked", advance: Advance) -> Losses:
+    """Score candidates `size` at a time; where memory runs out, half as many."""
+    found: list[Losses] = []
+    first = 0
+    while first < count:
+        units = range(first, min(first + size, count))
+        try:
+            found.append(losses(units))
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if size == 1 or "memory" not in str(error):
+                raise
+            size = max(1, size // 2)
+            cached.forget()
+            log.warning("optin: out of memory; going on with %d candidates at once", size)
+            continue
+        first += len(units)
+        for _ in units:
+            advance("")
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+
+def candidates_at_once(calls: Sequence[Recorded], settings: Settings, device: torch.device) -> int:
+    """How many candidates fit into the memory that they may take."""
+    sizes = [part.numel() * part.element_size() for call in calls for part in tensors_of(call.output)]
+    fitting = int(settings.memory_gb * GIB / max(1, 3 * sum(sizes)))
+    if device.type == "cpu":
+        fitting = min(fitting, MOST_BYTES_ON_CPU // max(1, *sizes))
+    return max(1, fitting)
+
+
+class Stacked:
+    """What passes of one size share, stacked once."""
+
+    def __init__(self) -> None:
+        self.stacked: dict[int, tuple[Batch, dict]] = {}
+
+    def forget(self) -> None:
+        """Let go of what was stacked."""
+        self.stacked.clear()
+
+
+class _UnitPasses(Stacked):
+    """Passes of stacked candidates of one group."""
+
+    def __init__(
+        self, model: PrunableModel, data: DataBundle, teacher: Teacher, group: UnitGroup, calls: Sequence[Recorded]
+    ) -> None:
+        super().__init__()
+        self.model, self.data, self.teacher, self.group = model, data, teacher, group
+        self.points = compared_points(model, group.layer)
+        self.reused = reusable(calls, group.consumer.module)
+        self.consumer = next(call for call in calls if call.name == group.consumer.module)
+        self.module = model.network.get_submodule(group.consumer.module)
+
+    def losses(self, units: Sequence[int], temperature: float) -> Losses:
+        """Losses of some units, each (C,)."""
+        count, teacher = len(units), self.teacher
+        batch, answers = self._shared(count)
+        read, gave = self.consumer.inputs[0], self.consumer.output
+        with in_float32(self.model.device):
+            changed = without_units(self.module, read, gave, self.group, units)
+
+        def distance(name: str, features: Tensor) -> Tensor:
+            return manifold_distance(sampled(features, teacher.rows[name], count), teacher.features[name])
+
+        with replaying(self.model.network, answers | {self.group.consumer.module: always(changed)}):
+            return compared(self.model, self.data, teacher, batch, self.points, count, distance, temperature)
+
+    def _shared(self, count: int) -> tuple[Batch, dict]:
+        if count not in self.stacked:
+            layer, blocks = self.group.layer, self.model.blocks()
+            outputs = self.teacher.blocks[:layer]
+            # only the last of them is read; the others answer each other
+            answers = {name: always(output) for name, output in zip(blocks, outputs, strict=False)}
+            if layer:
+                answers[blocks[layer - 1]] = always(tiled(outputs[-1], count))
+            ran = [*self.teacher.embedding, *self.reused]
+            answers |= {call.name: always(tiled(call.output, count)) for call in ran}
+            batch = {name: tiled(tensor, count) for name, tensor in self.teacher.batch.items()}
+            self.stacked[count] = batch, answers
+        return self.stacked[count]
+
+
+def compared(
+    model: PrunableModel, data: DataBundle, teacher: Teacher, batch: Batch, points: Sequence[str], count: int,
+    distance: Callable[[str, Tensor], Tensor], temperature: float,
+) -> Losses:  # fmt: skip
+    """Run one pass of stacked candidates and hold its features and logits against the dense model's.
+
+    Args:
+        model: The model, with whatever makes the candidates in place.
+        data: The task.
+        teacher: The dense model on the batch.
+        batch: What the network is given.
+        points: Feature points to compare.
+        count: Candidates in the pass, C.
+        distance: Of a point's stacked features from the dense ones, (C,).
+        temperature: Its square is the factor of the logits' divergence.
+
+    Returns:
+        `md` (feature points of the layers), `md_final` (one behind the last block) and `kd`; each (C,).
+    """
+    layers = set(model.feature_points()[: len(model.blocks())])
+    found = {term: torch.zeros(count, device=teacher.logits.device) for term in ("md", "md_final")}
+
+    def compare(name: str, features: Tensor) -> None:
+        term = "md" if name in layers else "md_final"
+        with in_float32(features.device):
+            found[term] = found[term] + distance(name, features)
+
+    with watched(model.network, points, compare):
+        logits = model.logits(batch)
+    given = logits.float().unflatten(0, (count, -1))  # (C, B, ...)
+    deviations = data.task.deviation(given, teacher.logits.float(), teacher.batch)
+    return {**found, "kd": distilled(deviations, temperature)}
