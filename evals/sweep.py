@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from utils.compose import ComposedOnce
 from utils.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,11 @@ FIXED = ("job", "status", "error", "method", "ratio_asked", "ratio_reached", "ca
 
 class SweepReport(Callback):
     """Keeps a sweep's files current; Hydra calls it in whichever process ran the job."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Let Hydra launch the configurations that it composes to validate a sweep."""
+        loader = GlobalHydra.instance().config_loader()
+        loader.load_sweep_config = ComposedOnce(loader)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         """Rebuild after each job, also one that failed."""

@@ -35,11 +35,11 @@ class BuiltOn(Protocol):
 
 
 @runtime_checkable
-class Finding(Protocol):
-    """A method that may find scores of its own among the rankings."""
+class Resolving(Protocol):
+    """A method some of whose settings follow from the model, the data, or what lies in the storage."""
 
-    def found_in(self, root: Path, model: PrunableModel, data: DataBundle) -> Method:
-        """The method, told of them where they are."""
+    def resolved(self, root: Path, model: PrunableModel, data: DataBundle) -> Method:
+        """The method with those settings in place."""
         ...
 
 
@@ -69,7 +69,7 @@ def ranked(method: Method, model: PrunableModel, data: DataBundle, store: Store)
     """
     if not method.ranks:
         return Ranking()
-    method = method.found_in(store.root, model, data) if isinstance(method, Finding) else method
+    method = method.resolved(store.root, model, data) if isinstance(method, Resolving) else method
     key = ranking_key(method, model, data)
 
     def compute(scratch: Scratch) -> Artifact:

@@ -1,13 +1,17 @@
 """Every mistake is found before anything heavy is imported, all at once, with its key and rule."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from utils.cli import parse_command_line
-from utils.compose import CommandLine, command_line_problems
+from utils.compose import CommandLine, ComposedOnce, JobComposer, command_line_problems
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -84,7 +88,7 @@ CASES = [
     (("prune=taylor", "prune.variant=third"), ["prune.variant=third: must be one of batch, signed, abs"]),
     (
         ("prune=nope",),
-        ["prune=nope: prune has no option 'nope'; ", "there is: fisher, magnitude, none, optin, random, taylor"],
+        ["prune=nope: prune has no option 'nope'; ", "there is: fisher, magnitude, none, optin, optin_tau, random"],
     ),
     (("prune=fischer",), ["did you mean 'fisher'?"]),
     (("evals=[accuracy,nosuch]",), ["evals has no option 'nosuch'; there is: accuracy, latency"]),
@@ -190,3 +194,40 @@ def test_a_saved_configuration_can_be_replayed(tmp_path: Path) -> None:
     line = parse_command_line(["-cp", str(tmp_path), "-cn", "config"], CONFIGS)
     assert line is not None and line == CommandLine(config_dir=tmp_path)
     assert any("seed=-3" in problem for problem in command_line_problems(line))
+
+
+SHARED = [
+    [],
+    ["prune.ratio=0.2"],
+    ["prune.ratio=0.4", "seed=3"],
+    ["prune.ratio=0.4", "prune=taylor", "prune.variant=abs"],
+    ["evals=[accuracy,latency]", "evals.latency.batch=2", "~evals.accuracy", "+evals.latency.more=1"],
+    ["data.classes=${model.heads}", "+model.x={a: [1, 2]}", "hydra.run.dir=elsewhere"],
+    ["prune.ratio=0.1", "prune={ratio: 0.7}"],
+    ["prune={ratio: 0.7}", "prune.ratio=0.1"],
+]
+
+
+def test_jobs_that_share_options_are_composed_as_hydra_composes_them() -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        shared = JobComposer("config")
+        for job in [*SHARED, *reversed(SHARED)]:  # twice, so that no job may have changed what is shared
+            expected = compose("config", job)
+            assert OmegaConf.to_container(shared(job)) == OmegaConf.to_container(expected), job
+        assert len(shared.shared) < len(SHARED), "nothing was shared"
+        with pytest.raises(Exception, match="Could not override 'prune.nope'"):
+            shared(["prune.nope=1"])
+
+
+def test_what_hydra_validates_is_what_it_launches() -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        master = compose("config", [], return_hydra_config=True)
+        loader.load_sweep_config = once = ComposedOnce(loader)  # type: ignore[method-assign]
+        first, other = (loader.load_sweep_config(master, [f"prune.ratio={ratio}"]) for ratio in (0.2, 0.4))
+        assert (first.prune.ratio, other.prune.ratio) == (0.2, 0.4)
+        sent = pickle.loads(pickle.dumps(loader))
+        assert sent.load_sweep_config.composed == {}, "sent along to every worker"
+        assert sent.load_sweep_config(master, ["prune.ratio=0.3"]).prune.ratio == 0.3
+        assert loader.load_sweep_config(master, ["prune.ratio=0.2"]) is first and len(once.composed) == 1
+        assert loader.load_sweep_config(master, ["prune.ratio=0.2"]) is not first, "a launched job may change its own"

@@ -1,12 +1,17 @@
 """Data sources: splits, seeds, fingerprints; and the toy encoder really learns."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from data.base import TensorBatches
-from data.digits import digits, shifted
+from data.digits import bundled_digits, digits, shifted, stratified_split
 from data.random_tokens import random_tokens
 from evals.accuracy import Accuracy
 from evals.base import Subject
@@ -30,6 +35,36 @@ def test_digits_have_a_fixed_stratified_split() -> None:
     assert not any(row.numpy().tobytes() in seen for row in validation), "no image in both splits"
     labels = torch.cat([batch["labels"] for batch in first.validation]).bincount()
     assert labels.min() >= 57 and labels.max() <= 61
+
+
+def test_the_bundled_file_is_read_as_scikit_learn_reads_it() -> None:
+    images, labels = bundled_digits()
+    expected, answers = load_digits(return_X_y=True)
+    assert np.array_equal(images, expected) and np.array_equal(labels, answers)
+    assert labels.dtype == np.int64, "cross-entropy takes no other"
+
+
+@pytest.mark.parametrize("count", [10, 333, 1200, 1787])
+def test_the_split_is_scikit_learns(count: int) -> None:
+    several = [bundled_digits()[1], np.random.default_rng(0).integers(0, 10, 1797), np.repeat(range(10), 179)]
+    for seed, labels in enumerate(several):  # equal classes: every remainder is a tie
+        expected = train_test_split(np.arange(len(labels)), train_size=min(count, len(labels) - 10),
+                                    stratify=labels, random_state=seed)  # fmt: skip
+        found = stratified_split(labels, min(count, len(labels) - 10), seed)
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+        assert not np.array_equal(found[0], stratified_split(labels, len(found[0]), seed + 1)[0])
+
+
+def test_digits_do_without_importing_scikit_learn() -> None:
+    heavy = "{'sklearn', 'scipy', 'pandas'} & set(sys.modules)"
+    code = f"import sys; from data.digits import digits; digits(); assert not {heavy}, {heavy}"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True, timeout=60)
+
+
+def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setattr("data.digits.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="data=digits: .* pip install scikit-learn"):
+        digits()
 
 
 def test_calibration_comes_from_train_without_repeats() -> None:

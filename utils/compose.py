@@ -4,13 +4,16 @@ Hydra stops at the first override it can't apply. Here the overrides are tried t
 and, only if that fails, one by one, so that a user mends all of them at once.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
@@ -59,7 +62,8 @@ def command_line_problems(line: CommandLine) -> list[str]:
         except CANNOT_COMPOSE as error:
             return [_first_line(error)]
         rest = [[override for override in job if override not in misused] for job in jobs]
-        found = [problem for job in rest for problem in _job_problems(line, job)]
+        compose_job = JobComposer(line.config_name)
+        found = [problem for job in rest for problem in _job_problems(line, job, compose_job)]
     return list(dict.fromkeys([*misused.values(), *found]))
 
 
@@ -129,9 +133,56 @@ def _sweeper_params(line: CommandLine, overrides: list[str]) -> list[str]:
     return [f"{key}={value}" for key, value in params.items()] if isinstance(params, DictConfig) else []
 
 
-def _job_problems(line: CommandLine, overrides: list[str]) -> list[str]:
+class JobComposer:
+    """Composes the jobs of a sweep; those that differ in single values alone share the rest.
+
+    Hydra, too, first composes the chosen options and then sets dotted keys in their order.
+    """
+
+    def __init__(self, config_name: str) -> None:
+        self.config_name = config_name
+        self.shared: dict[tuple[str, ...], DictConfig] = {}
+
+    def __call__(self, overrides: list[str]) -> DictConfig:
+        """Compose one job; an open `initialize_config_dir` says from where."""
+        parsed = OverridesParser.create(config_loader=_loader()).parse_overrides(overrides)
+        # a whole mapping may be set between two values of its own, so that the order counts
+        apart = not any(isinstance(override.value(), dict) for override in parsed)
+        values = [o for o in parsed if apart and "." in o.key_or_group and not o.is_hydra_override()]
+        rest = tuple(override.input_line or "" for override in parsed if override not in values)
+        if rest not in self.shared:
+            self.shared[rest] = compose(self.config_name, [*rest])
+        cfg = copy.deepcopy(self.shared[rest])
+        ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+        return cfg
+
+
+class ComposedOnce:
+    """Stands in for a loader's `load_sweep_config`: what was composed for the first asking answers the second.
+
+    Hydra composes each job of a sweep to validate it and composes it again to launch it.
+    """
+
+    def __init__(self, loader: ConfigLoader) -> None:
+        self.loader = loader
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def __call__(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """Give a job's configuration out, at most two times the same one."""
+        job = tuple(sweep_overrides)
+        if job in self.composed:
+            return self.composed.pop(job)
+        self.composed[job] = type(self.loader).load_sweep_config(self.loader, master_config, sweep_overrides)
+        return self.composed[job]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the configurations: a launcher that sends jobs elsewhere sends the loader with each."""
+        return {"loader": self.loader, "composed": {}}
+
+
+def _job_problems(line: CommandLine, overrides: list[str], compose_job: JobComposer) -> list[str]:
     try:
-        cfg = compose(line.config_name, overrides)
+        cfg = compose_job(overrides)
         return [*_ignored_additions(cfg, overrides), *find_problems(cfg)]
     except CANNOT_COMPOSE as error:
         problems, good = _guilty(line, overrides)

@@ -32,7 +32,9 @@ RANK = 64
 MOST_OUTPUTS = 32
 
 
-def sketched_losses(model: PrunableModel, data: DataBundle, settings: Settings, probes: int) -> Losses:
+def sketched_losses(
+    model: PrunableModel, data: DataBundle, settings: Settings, probes: int, leak: bool = False
+) -> Losses:
     """Estimate the losses of every unit, and score the heads, which are few, exactly.
 
     Args:
@@ -40,13 +42,14 @@ def sketched_losses(model: PrunableModel, data: DataBundle, settings: Settings, 
         data: Calibration batches and the task.
         settings: See `Settings`; the seed is also that of the probes.
         probes: Random probes a batch, R.
+        leak: How heads are scored, see `exact_losses`.
 
     Returns:
         `md`, `kd`, and `md_final` where the model has a feature point behind its last block
         (its share is then in the estimated `md`); per group (count,).
     """
     batches = calibration_of(data).calibration
-    losses = exact_losses(model, data, settings, kinds=EXACTLY)
+    losses = exact_losses(model, data, settings, kinds=EXACTLY, leak=leak)
     groups = [group for group in model.unit_groups() if group.count and group.kind not in EXACTLY]
     generator = torch.Generator().manual_seed(settings.seed)
     precision = computed_in(settings.precision, model.device)

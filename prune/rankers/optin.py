@@ -36,6 +36,8 @@ SEARCHED = frozenset({
     "published",
 })  # fmt: skip
 PUBLISHED = "published"
+# so few are masked one by one in seconds
+FEW_UNITS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,8 @@ class Optin(Structural):
         mode: `clean`, the method as intended; or `compat`, which selects as the released code
             does, quirks included, and reads `ratio` as a fraction of the encoder's MACs.
         engine: `exact` masks every unit by itself; `sketch` estimates all of them from `probes`
-            backward passes, and scores heads exactly.
+            backward passes, and scores heads exactly. `auto` is exact in compat mode and for
+            models of few units, else sketch.
         rows: Feature rows that stand for a calibration batch.
         temperature: Its square is the factor of the logits' divergence.
         probes: Random probes of the sketch.
@@ -74,7 +77,7 @@ class Optin(Structural):
     """
 
     mode: Literal["clean", "compat"] = "clean"
-    engine: Literal["exact", "sketch"] = "exact"
+    engine: Literal["auto", "exact", "sketch"] = "auto"
     rows: Count = 768
     temperature: Positive = 4.0
     probes: Count = 24
@@ -124,18 +127,21 @@ class Optin(Structural):
         names = [f.name for f in fields(self) if f.name not in self.search_fields | {"rankings"}]
         return {name: getattr(self, name) for name in names}
 
-    def found_in(self, root: Path, model: PrunableModel, data: DataBundle) -> "Optin":
-        """Take published rankings that lie where the released code looks for them (compat mode)."""
+    def resolved(self, root: Path, model: PrunableModel, data: DataBundle) -> "Optin":
+        """Choose the engine; and take published rankings where the released code looks for them (compat mode)."""
+        few = sum(group.count for group in model.unit_groups()) <= FEW_UNITS
+        chosen = "exact" if few or self.mode == "compat" else "sketch"
+        method = replace(self, engine=chosen) if self.engine == "auto" else self
         if self.mode == "clean" or self.rankings is not None:
-            return self
+            return method
         found = find_published(root, data.domain, data.name, model.name)
-        return self if found is None else replace(self, rankings=str(found))
+        return method if found is None else replace(method, rankings=str(found))
 
     def base(self, model: PrunableModel, data: DataBundle) -> Method | None:
         """Compat mode starts from the clean raw scores where no padding tells the two apart."""
         if self.mode == "clean" or self.rankings is not None or has_pads(data):
             return None
-        return clean_units(self, engine="exact")
+        return clean_units(self)
 
     def rank_from(self, base: Scores, model: PrunableModel, data: DataBundle, scratch: Scratch | None) -> Scores:
         """Score the heads anew, behind the masks that the released code leaves in place."""
@@ -152,14 +158,14 @@ class Optin(Structural):
             InputError: If the model has no feature points, or there is no calibration data.
         """
         refuse_without_trajectory(model)
-        facts = facts_of(model, data, self.rows)
+        facts, leak = facts_of(model, data, self.rows), self.mode == "compat"
         if self.rankings is not None:
             found = published_scores(Path(self.rankings), model, facts["tokens"])
             note = f"The scores are the published ranking in {self.rankings}: final, so that no weight or decay acts."
             return Scores(found.terms, facts | {"note": note})
-        if self.engine == "sketch" and self.mode == "clean":
-            return Scores(sketched_losses(model, data, self._settings(), self.probes), facts)
-        return Scores(exact_losses(model, data, self._settings(), scratch, leak=self.mode == "compat"), facts)
+        if self.engine == "sketch":
+            return Scores(sketched_losses(model, data, self._settings(), self.probes, leak), facts)
+        return Scores(exact_losses(model, data, self._settings(), scratch, leak=leak), facts)
 
     def combine(self, model: PrunableModel, scores: Scores) -> Mapping[str, Tensor]:
         """Weigh the losses against each other (clean rule); published scores are final."""

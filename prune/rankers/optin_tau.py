@@ -65,7 +65,7 @@ class OptinTau(Optin):
         refuse_without_tokens(model)
         if self.rankings is not None:
             return None
-        return clean_units(self, engine="exact") if self.mode == "compat" else clean_units(self)
+        return clean_units(self)
 
     def rank_from(self, base: Scores, model: PrunableModel, data: DataBundle, scratch: Scratch | None) -> Scores:
         """Score the token positions; and in compat mode the heads anew."""
