@@ -14,7 +14,7 @@ from prune.optin.released import Released, released_plan
 from prune.optin.tokens import by_layer, positions_of, refuse_without_tokens
 from prune.optin.walk import schedule_of, walked
 from prune.rankers import optin
-from prune.rankers.optin import CODE, Optin, clean_units, with_leaked_heads
+from prune.rankers.optin import CODE, Optin, clean_units
 from prune.tokens.costs import cut_costs
 from utils.errors import InputError
 from utils.rules import Count, Range
@@ -61,18 +61,17 @@ class OptinTau(Optin):
         self._static().check(costs)
 
     def base(self, model: PrunableModel, data: DataBundle) -> Method | None:
-        """Heads and neurons as without tokens."""
+        """Heads and neurons as without tokens; compat mode starts from all of the clean raw scores."""
         refuse_without_tokens(model)
         if self.rankings is not None:
             return None
-        return clean_units(self)
+        return clean_units(self) if self.mode == "clean" else replace(self, mode="clean")
 
     def rank_from(self, base: Scores, model: PrunableModel, data: DataBundle, scratch: Scratch | None) -> Scores:
-        """Score the token positions; and in compat mode the heads anew."""
-        compat = self.mode == "compat"
-        kinds = [TOKEN, "head"] if compat else [TOKEN]
-        found = exact_losses(model, data, self._settings(), scratch, kinds, leak=compat)
-        base = with_leaked_heads(base, found, model) if compat else base
+        """Score the token positions; in compat mode only the heads, anew."""
+        if self.mode == "compat":
+            return super().rank_from(base, model, data, scratch)
+        found = exact_losses(model, data, self._settings(), scratch, [TOKEN])
         names = [positions.name for positions in positions_of(model)]
         terms = {term: {**base.terms[term], **{name: found[term][name] for name in names}} for term in base.terms}
         return Scores(terms, base.facts)
