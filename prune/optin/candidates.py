@@ -99,14 +99,15 @@ class _UnitPasses(Stacked):
         self.reused = reusable(calls, group.consumer.module)
         self.consumer = next(call for call in calls if call.name == group.consumer.module)
         self.module = model.network.get_submodule(group.consumer.module)
+        self.index = group.consumer.index.to(model.device)  # (count, width)
 
-    def losses(self, units: Sequence[int], temperature: float) -> Losses:
+    def losses(self, units: range, temperature: float) -> Losses:
         """Losses of some units, each (C,)."""
         count, teacher = len(units), self.teacher
         batch, answers = self._shared(count)
         read, gave = self.consumer.inputs[0], self.consumer.output
         with in_float32(self.model.device):
-            changed = without_units(self.module, read, gave, self.group, units)
+            changed = without_units(self.module, read, gave, self.group, self.index[units.start : units.stop])
 
         def distance(name: str, features: Tensor) -> Tensor:
             return manifold_distance(sampled(features, teacher.rows[name], count), teacher.features[name])

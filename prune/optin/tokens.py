@@ -4,7 +4,7 @@ The token counts of both models then differ, so their features are compared by a
 the samples of the batch, averaged over positions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -79,7 +79,7 @@ class _TokenPasses(Stacked):
         ran = [(call.name, call.output) for call in teacher.embedding]
         self.answers = {name: always(output) for name, output in [*ran, *earlier]}
 
-    def losses(self, positions: Sequence[int], temperature: float) -> Losses:
+    def losses(self, positions: range, temperature: float) -> Losses:
         """Losses of some positions, each (C,)."""
 
         def drop(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -96,8 +96,9 @@ class _TokenPasses(Stacked):
             )  # fmt: skip
 
 
-def without_positions(x: Tensor, positions: Sequence[int]) -> Tensor:
+def without_positions(x: Tensor, positions: range) -> Tensor:
     """Stack copies of tokens (B, T, D), each without one position: (C * B, T - 1, D), candidate-major."""
-    every = torch.arange(x.shape[1], device=x.device)
-    kept = torch.stack([every[every != position] for position in positions])  # (C, T - 1)
+    gone = torch.arange(positions.start, positions.stop, device=x.device)[:, None]
+    kept = torch.arange(x.shape[1] - 1, device=x.device).expand(len(positions), -1)
+    kept = kept + (kept >= gone)  # (C, T - 1)
     return x[:, kept].transpose(0, 1).flatten(0, 1)  # (B, C, T - 1, D) -> (C * B, T - 1, D)

@@ -91,35 +91,41 @@ def embedding_calls(model: PrunableModel, batch: Batch) -> list[Recorded]:
     return _outermost(calls)
 
 
-def without_units(consumer: nn.Module, read: Tensor, gave: Tensor, group: UnitGroup, units: Sequence[int]) -> Tensor:
+def without_units(consumer: nn.Module, read: Tensor, gave: Tensor, group: UnitGroup, index: Tensor) -> Tensor:
     """What a consumer gives when one unit is masked, for several units stacked along the batch.
 
     Masking a unit takes its own part from the sum: `y - W_u x_u`, without the product with all
-    the others.
+    the others. Nothing waits for the device.
 
     Args:
         consumer: The linear or convolution that reads the units.
         read: Its dense input.
         gave: Its dense output.
         group: The unit group.
-        units: Candidates, C of them.
+        index: Input positions of the candidates, (C, width), on the device.
 
     Returns:
         (C * B, ...), shaped as its output otherwise.
     """
-    parts = []
-    for unit in units:
-        index = group.consumer.index[unit].to(read.device)
-        taken = read.index_select(group.consumer.channel_axis, index)
-        weight = consumer.weight.index_select(group.consumer.weight_dim, index)  # type: ignore[arg-type]
-        if isinstance(consumer, nn.Conv2d):
-            settings = (consumer.stride, consumer.padding, consumer.dilation)
-            part = conv2d(taken.to(weight.dtype), weight, None, *settings)  # type: ignore[arg-type]
-        else:
-            part = taken.to(weight.dtype) @ weight.T
-        # where passes run in less than the weights' precision, a small part would be rounded away
-        parts.append(gave.to(weight.dtype) - part)
-    return torch.cat(parts)
+    weight: Tensor = consumer.weight  # type: ignore[assignment]
+    # where passes run in less than the weights' precision, a small part would be rounded away
+    read, gave = read.to(weight.dtype), gave.to(weight.dtype)
+    if isinstance(consumer, nn.Conv2d):
+        return torch.cat([gave - _part_of_convolution(consumer, read, group, unit) for unit in index])
+    taken = read.index_select(-1, index.flatten()).unflatten(-1, index.shape).movedim(-2, 0)  # (C, B, ..., width)
+    columns = weight.index_select(group.consumer.weight_dim, index.flatten())
+    if group.consumer.weight_dim == 1:
+        columns = columns.T
+    columns = columns.unflatten(0, index.shape)  # (C, width, out)
+    dense = gave.flatten(0, -2).expand(len(index), -1, -1)  # (C, positions, out)
+    changed = torch.baddbmm(dense, taken.flatten(1, -2), columns, alpha=-1)
+    return changed.view(-1, *gave.shape[1:])  # (C, positions, out) -> (C * B, ..., out)
+
+
+def _part_of_convolution(conv: nn.Conv2d, read: Tensor, group: UnitGroup, index: Tensor) -> Tensor:
+    taken = read.index_select(group.consumer.channel_axis, index)
+    weight = conv.weight.index_select(group.consumer.weight_dim, index)
+    return conv2d(taken, weight, None, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
 
 
 def reusable(calls: Sequence[Recorded], consumer: str) -> list[Recorded]:
