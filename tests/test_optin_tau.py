@@ -17,7 +17,7 @@ from prune.optin.combine import TOKEN
 from prune.optin.exact import exact_losses
 from prune.optin.teacher import Settings, compared_points
 from prune.optin.tokens import tokens_of, without_positions
-from prune.optin.walk import schedule_of, walked
+from prune.optin.walk import fewest, schedule_of, walked
 from prune.rankers.optin import Optin
 from prune.rankers.optin_tau import OptinTau
 from prune.ranking import ranked
@@ -139,6 +139,18 @@ def test_walk_equals_a_slow_one(seed: int) -> None:
         assert counts == slow_walk(scores, 1, 3, limit)
         assert met == (sum(counts) <= limit)
         assert schedule_of(counts).merged == (0, *(a - b for a, b in zip(counts, counts[1:], strict=False)))
+
+
+def test_fewest_is_what_a_walk_ends_at() -> None:
+    for least in (2, 3, 6):
+        assert fewest(4, 11, 1, least) == walked(torch.rand(4, 11), 1, least, sum, 0)[0]
+
+
+def test_the_unreachable_is_refused_before_anything_is_ranked() -> None:
+    model, samples = ADAPTERS["toy_images"]()
+    costs = cost_model(model, bundle_of(samples, 1).example)
+    with pytest.raises(InputError, match="prune.ratio must be at most"):
+        OptinTau(ratio=0.8, static_share=0.1).check(costs)
 
 
 def test_least_important_positions_go_first_and_protected_ones_never() -> None:

@@ -49,6 +49,14 @@ def walked(
     return state.counts, met
 
 
+def fewest(layers: int, tokens: int, protected: int, least: int) -> list[int]:
+    """The least tokens that a walk can leave in each layer."""
+    counts = [tokens]
+    for _ in range(layers - 1):
+        counts.append(max(min(least, counts[-1]), counts[-1] - mergeable(counts[-1], protected)))
+    return counts
+
+
 def schedule_of(counts: Sequence[int]) -> Reduction:
     """Merge so many tokens before the attention of each layer that these are left."""
     return Reduction((0, *(before - after for before, after in zip(counts, counts[1:], strict=False))), "attention")

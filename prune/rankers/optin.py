@@ -36,8 +36,8 @@ SEARCHED = frozenset({
     "published",
 })  # fmt: skip
 PUBLISHED = "published"
-# so few are masked one by one in seconds
-FEW_UNITS = 2048
+# so few units, each once a calibration batch, are masked one by one in seconds
+FEW_PASSES = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ class Optin(Structural):
         mode: `clean`, the method as intended; or `compat`, which selects as the released code
             does, quirks included, and reads `ratio` as a fraction of the encoder's MACs.
         engine: `exact` masks every unit by itself; `sketch` estimates all of them from `probes`
-            backward passes, and scores heads exactly. `auto` is exact in compat mode and for
-            models of few units, else sketch.
+            backward passes, and scores heads exactly. `auto` is exact in compat mode and where
+            that takes few passes (units times calibration batches), else sketch.
         rows: Feature rows that stand for a calibration batch.
         temperature: Its square is the factor of the logits' divergence.
         probes: Random probes of the sketch.
@@ -129,7 +129,7 @@ class Optin(Structural):
 
     def resolved(self, root: Path, model: PrunableModel, data: DataBundle) -> "Optin":
         """Choose the engine; and take published rankings where the released code looks for them (compat mode)."""
-        few = sum(group.count for group in model.unit_groups()) <= FEW_UNITS
+        few = sum(group.count for group in model.unit_groups()) * len(data.calibration) <= FEW_PASSES
         chosen = "exact" if few or self.mode == "compat" else "sketch"
         method = replace(self, engine=chosen) if self.engine == "auto" else self
         if self.mode == "clean" or self.rankings is not None:

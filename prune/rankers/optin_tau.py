@@ -1,7 +1,8 @@
 """OPTIN's Tau: heads and neurons give a share of the MACs, merged tokens the rest, by a schedule from token scores."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from math import floor
+from typing import Annotated, Any, ClassVar, NoReturn
 
 from data.base import DataBundle
 from models.base import PrunableModel
@@ -12,7 +13,7 @@ from prune.optin.combine import TOKEN
 from prune.optin.exact import exact_losses
 from prune.optin.released import Released, released_plan
 from prune.optin.tokens import by_layer, positions_of, refuse_without_tokens
-from prune.optin.walk import schedule_of, walked
+from prune.optin.walk import fewest, schedule_of, walked
 from prune.rankers import optin
 from prune.rankers.optin import CODE, Optin, clean_units
 from prune.tokens.costs import cut_costs
@@ -21,6 +22,7 @@ from utils.rules import Count, Range
 from utils.storage import Scratch
 
 SHARE = 0.225
+DOUBT = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,12 @@ class OptinTau(Optin):
         if self.min_tokens is not None and self.min_tokens > tokens.tokens:
             raise InputError(f"prune.min_tokens={self.min_tokens}: the model has {tokens.tokens} tokens")
         self._static().check(costs)
+        if self.mode == "clean":
+            counts = fewest(len(tokens.blocks), tokens.tokens, tokens.protected, self._least(tokens))
+            # heads and neurons take the same part of what tokens leave, or nearly: in doubt the plan decides
+            left = (1 - self._share * self.ratio) * tokens.total(counts, counts)
+            if left > (1 + DOUBT) * self._budget.limit(costs.total("macs")):
+                self._refuse(1 - left / costs.total("macs"), tokens)
 
     def base(self, model: PrunableModel, data: DataBundle) -> Method | None:
         """Heads and neurons as without tokens; compat mode starts from all of the clean raw scores."""
@@ -91,11 +99,7 @@ class OptinTau(Optin):
         scored = by_layer(combined, model)
         counts, met = walked(scored, tokens.protected, least, lambda n: tokens.total(n, n), self._budget.limit(total))
         if not met:
-            largest = 1 - tokens.total(counts, counts) / total
-            raise InputError(
-                f"prune.ratio={self.ratio}: with prune.static_share={self._share:g} and at least {least} tokens a "
-                f"block, tokens can give no more; prune.ratio must be at most {int(largest * 1e4) / 1e4:g}"
-            )
+            self._refuse(1 - tokens.total(counts, counts) / total, tokens)
         reduction = replace(schedule_of(counts), proportional=self.proportional)
         return Plan.of(
             model, kept, budget="macs", ratio_asked=self.ratio,
@@ -103,6 +107,12 @@ class OptinTau(Optin):
             token_counts=tuple(tokens.counts(reduction)),
             details={"steps": list(self.steps), "static_share": self._share},
         )  # fmt: skip
+
+    def _refuse(self, largest: float, tokens: TokenCosts) -> NoReturn:
+        raise InputError(
+            f"prune.ratio={self.ratio}: with prune.static_share={self._share:g} and at least {self._least(tokens)} "
+            f"tokens a block, tokens can give no more; prune.ratio must be at most {floor(1000 * largest) / 1000:g}"
+        )
 
     @property
     def _share(self) -> float:
