@@ -40,6 +40,7 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
     from models.cost import cost_model
     from models.pretrained import with_weights
     from prune.ranking import ranked
+    from prune.rewriting import applied
     from utils.environment import describe_device, dtype_of, resolve_device, versions
     from utils.seed import seed_everything
     from utils.storage import Store
@@ -74,17 +75,20 @@ def run(cfg: DictConfig, out: Path, command: str = "python main.py") -> "Record"
             record.plan = plan = method.plan(model, ranking.scores, costs)
             plan.save(out / "plan.json")
         with record.phase("cut"):
-            pruned = method.apply(model, plan)
+            done = applied(method, model, plan, data, store)
+            pruned, plan = done.model, done.plan
+            record.note_applied(done)
+            plan.save(out / "plan.json")
         with record.phase("recover"):
-            done = recovery.recover(pruned, model, data, store, cfg.seed)
-            pruned, record.recovery = done.model, done
+            recovered = recovery.recover(pruned, model, data, store, cfg.seed)
+            pruned, record.recovery = recovered.model, recovered
             if cfg.save:
                 record.saved = how_to_load(save_model(pruned, out / "model"))
         with record.phase("evaluate"):
             models = [model] if pruned is model else [model, pruned]
             for found in evaluate(models, data, metrics, store):
                 record.add(found)
-        record.plots = draw_plots(plan, ranking.scores, record.history, done.history, out)
+        record.plots = draw_plots(plan, ranking.scores, record.history, recovered.history, out)
     return record
 
 

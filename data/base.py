@@ -23,11 +23,12 @@ Predictions = Iterable[tuple[Tensor, Batch]]
 
 @dataclass(frozen=True)
 class Figure:
-    """One of a task's metrics: a fraction or a correlation, or None with a reason."""
+    """One of a task's metrics: a fraction, a correlation or what `unit` says, or None with a reason."""
 
     value: float | None
     details: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
+    unit: str = "fraction"
 
 
 class Task(Protocol):
@@ -83,6 +84,19 @@ class Distributing(Protocol):
 
     def distributions(self, logits: Tensor, batch: Batch) -> Tensor:
         """Logits with the outcomes last, (B, ..., outcomes); minus infinity where there is only padding."""
+        ...
+
+
+@runtime_checkable
+class Condensing(Protocol):
+    """A task whose logits are too large to keep: what scoring needs of a batch is taken from them at once."""
+
+    def condensed(self, logits: Tensor, batch: Batch) -> Tensor:
+        """What `figures` and `mean_loss` are given in the logits' place, (B, ...) in float32."""
+        ...
+
+    def mean_loss(self, predictions: Predictions) -> float:
+        """Mean loss over a whole split."""
         ...
 
 

@@ -1,7 +1,7 @@
 """What a metric is given and what it returns."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -49,13 +49,32 @@ class Subject:
 
     def __init__(self, model: PrunableModel, data: DataBundle, store: Store | None = None) -> None:
         self.model, self.data, self.store = model, data, store
+        self._answers: dict[str, Predictions] = {}
 
     @cached_property
     def predictions(self) -> Predictions:
-        """Logits of every validation batch, on the CPU, with what scoring needs of the batch."""
+        """Logits of every validation batch, on the CPU, with what scoring needs of the batch.
+
+        What a task condenses stands in the place of logits that are too large to keep.
+        """
         if self.store is None:
             return predictions_of(self.model, self.data)
         return kept_predictions(self.model, self.data, self.store)
+
+    def answers(self, batches: Iterable[Batch], identity: str) -> Predictions:
+        """The same for other batches, once for all metrics that ask for them.
+
+        Args:
+            batches: What is answered.
+            identity: Hash of the batches.
+        """
+        if identity not in self._answers:
+            if self.store is None:
+                found = predictions_of(self.model, self.data, batches)
+            else:
+                found = kept_predictions(self.model, self.data, self.store, batches, identity)
+            self._answers[identity] = found
+        return self._answers[identity]
 
     @cached_property
     def figures(self) -> dict[str, Figure]:

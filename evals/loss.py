@@ -3,20 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data.base import Condensing
 from evals.base import Measurement, Measurements, Subject
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean loss over the validation split, in nats for classification."""
+    """Mean loss over the validation split, in nats for classification and, a token, for language modelling."""
 
     def measure(self, subjects: Sequence[Subject]) -> list[Measurements]:
         """Score each model's predictions."""
         return [{"loss": self._loss(subject)} for subject in subjects]
 
     def _loss(self, subject: Subject) -> Measurement:
+        task = subject.data.task
+        if isinstance(task, Condensing):
+            return Measurement(task.mean_loss(subject.predictions), "nat")
         total, count = 0.0, 0
         for logits, batch in subject.predictions:
-            total += float(subject.data.task.loss(logits, batch)) * len(logits)
+            total += float(task.loss(logits, batch)) * len(logits)
             count += len(logits)
-        return Measurement(total / count, getattr(subject.data.task, "loss_unit", "nat"), details={"samples": count})
+        return Measurement(total / count, getattr(task, "loss_unit", "nat"), details={"samples": count})

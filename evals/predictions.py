@@ -1,11 +1,12 @@
 """A model's answers on the validation split, kept on disk where a sweep would ask for them again."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.base import DataBundle
+from data.base import Condensing, DataBundle, Task
 from models.base import Batch, PrunableModel
 from utils.code import code_hash
 from utils.storage import Artifact, Scratch, Store, folder_name
@@ -14,43 +15,67 @@ Predictions = list[tuple[Tensor, Batch]]
 
 
 @torch.inference_mode()
-def predictions_of(model: PrunableModel, data: DataBundle) -> Predictions:
-    """Logits of every validation batch, float32 on the CPU, with what scoring needs of the batch."""
-    targets = data.task.targets
-    return [
-        (
-            model.logits(model.place(batch)).float().cpu(),
-            {name: tensor for name, tensor in batch.items() if name in targets},
-        )
-        for batch in data.validation
-    ]
+def predictions_of(model: PrunableModel, data: DataBundle, batches: Iterable[Batch] | None = None) -> Predictions:
+    """Logits of every batch, float32 on the CPU, with what scoring needs of the batch.
+
+    A task whose logits are too large to keep condenses each batch's as soon as they are there.
+
+    Args:
+        model: The model that answers.
+        data: The task.
+        batches: What is answered; None: the validation split.
+    """
+    found = []
+    for batch in data.validation if batches is None else batches:
+        placed = model.place(batch)
+        answer = _answer(data.task, model.logits(placed), placed)
+        found.append((answer, {name: tensor for name, tensor in batch.items() if name in data.task.targets}))
+    return found
 
 
-def kept_predictions(model: PrunableModel, data: DataBundle, store: Store) -> Predictions:
-    """The same, computed once for all runs that share weights, code, validation split and machine."""
+def _answer(task: Task, logits: Tensor, batch: Batch) -> Tensor:
+    return (task.condensed(logits, batch) if isinstance(task, Condensing) else logits.float()).cpu()
+
+
+def kept_predictions(
+    model: PrunableModel,
+    data: DataBundle,
+    store: Store,
+    batches: Iterable[Batch] | None = None,
+    identity: str | None = None,
+) -> Predictions:
+    """The same, computed once for all runs that share weights, code, samples and machine.
+
+    Args:
+        model: The model that answers.
+        data: The task.
+        store: Where answers are kept.
+        batches: What is answered; None: the validation split.
+        identity: Hash of the batches; needed where they are given.
+    """
 
     def compute(scratch: Scratch) -> Artifact:
         tensors = {}
-        for number, (logits, batch) in enumerate(predictions_of(model, data)):
+        for number, (logits, batch) in enumerate(predictions_of(model, data, batches)):
             tensors |= {f"{number:06}/{name}": tensor for name, tensor in {"logits": logits, **batch}.items()}
         return Artifact(tensors, {"model": model.name, "data": data.name})
 
     folder = f"{data.domain}/{folder_name(data.name)}/{folder_name(model.name)}"
-    found = store.fetch(folder, "predictions", _key(model, data), compute)
-    batches: dict[str, Batch] = {}
+    found = store.fetch(folder, "predictions", _key(model, data, identity), compute)
+    answers: dict[str, Batch] = {}
     for name, tensor in sorted(found.artifact.tensors.items()):
         number, _, leaf = name.partition("/")
-        batches.setdefault(number, {})[leaf] = tensor
-    return [(batch.pop("logits"), batch) for batch in batches.values()]
+        answers.setdefault(number, {})[leaf] = tensor
+    return [(batch.pop("logits"), batch) for batch in answers.values()]
 
 
-def _key(model: PrunableModel, data: DataBundle) -> dict[str, Any]:
+def _key(model: PrunableModel, data: DataBundle, identity: str | None) -> dict[str, Any]:
     return {
         "weights": model.fingerprint(),
         "builder": model.recipe.builder,
         "arguments": dict(model.recipe.arguments),
         "code": code_hash(type(model), *model.code, type(data.task)),
-        "validation": data.fingerprints["validation"],
+        "validation": identity or data.fingerprints["validation"],
         "task": data.task.name,
         "dtype": str(model.dtype),
         "device": model.device.type,

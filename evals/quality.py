@@ -12,7 +12,8 @@ class Quality:
     """Every metric that the data's task is scored by, over the validation split.
 
     Classification: accuracy (and F1 or Matthews correlation where the benchmark asks for
-    them); regression: Pearson and Spearman correlation; question answering: exact match and F1.
+    them); regression: Pearson and Spearman correlation; question answering: exact match and F1;
+    language modelling: perplexity and accuracy per token of the validation samples.
     """
 
     def measure(self, subjects: Sequence[Subject]) -> list[Measurements]:
@@ -23,4 +24,4 @@ class Quality:
 def measured(figure: Figure) -> Measurement:
     """A task's figure as a measurement."""
     reason = figure.reason or ("it is not defined: all answers are the same" if figure.value is None else None)
-    return Measurement(figure.value, "fraction", reason, figure.details)
+    return Measurement(figure.value, figure.unit, reason, figure.details)

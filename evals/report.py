@@ -18,6 +18,7 @@ from models.base import PrunableModel
 from prune.base import Plan
 from prune.ranking import Ranking
 from prune.recovery.base import Recovered
+from prune.rewriting import Applied
 from utils.files import write_atomically
 
 NAMES = {"mlp": "MLP", "attention": "attention"}
@@ -64,6 +65,13 @@ class Record:
         self.fingerprints = {"model": model.fingerprint(), "data": data.fingerprint, "scores": ranking.fingerprint}
         self.scores_note = ranking.scores.facts.get("note")
         self.cache = {"hit": ranking.hit, "path": str(ranking.path) if ranking.path else None}
+
+    def note_applied(self, done: Applied) -> None:
+        """Take in the plan as it was carried out, and where rewritten weights lie."""
+        self.plan = done.plan
+        if done.fingerprint is not None:
+            self.fingerprints["scores"] = done.fingerprint
+            self.cache = {"hit": done.hit, "path": str(done.path)}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -124,7 +132,8 @@ class Record:
         """Where the scores came from, in words."""
         if self.cache["path"] is None:
             return "no scores were needed"
-        return "scores from the cache" if self.cache["hit"] else "scores computed"
+        what = "pruned weights" if self.plan and self.plan.matrices else "scores"
+        return f"{what} from the cache" if self.cache["hit"] else f"{what} computed"
 
     def warnings(self) -> list[str]:
         """What a reader should know before the numbers."""
@@ -137,7 +146,8 @@ class Record:
             notes.append("The plan keeps everything: dense and pruned are the same function.")
         if self.status == "ok" and not self.dense:
             notes.append("No metric was selected (evals): nothing was measured.")
-        if "macs" in self.pruned and "latency" not in self.pruned:
+        sparse = bool(self.plan and self.plan.matrices)  # such a plan says by itself what zeros are worth
+        if "macs" in self.pruned and "latency" not in self.pruned and not sparse:
             notes.append("Latency was not measured: fewer MACs are no speed-up by themselves.")
         gain = self.pruned["latency"].details.get("speedup") if "latency" in self.pruned else None
         if gain is not None and gain < 1 and self.plan and not self.plan.is_identity:
@@ -162,6 +172,8 @@ class Record:
             parts += ["## Tokens per block", self._token_table()]
         if self.plan and self.plan.groups and not (self.plan.tokens and self.plan.keeps_all_units):
             parts += ["## What was kept", self._kept_table()]
+        if self.plan and self.plan.matrices:
+            parts += ["## Zeros per matrix", self._zeros_table()]
         parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in self.plots]
         spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items() if seconds)
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items() if number)
@@ -192,6 +204,15 @@ class Record:
         assert self.plan
         rows = ["| units | layer | kept | of |", "|---|--:|--:|--:|"]
         rows += [f"| {g.name} | {g.layer} | {len(g.kept)} | {g.count} |" for g in self.plan.groups]
+        return "\n".join(rows)
+
+    def _zeros_table(self) -> str:
+        assert self.plan
+        rows = ["| linear | block | zeros | of | share |", "|---|--:|--:|--:|--:|"]
+        rows += [
+            f"| {m.name} | {m.layer} | {m.zeros:,} | {m.count:,} | {m.zeros / m.count:.2%} |"
+            for m in self.plan.matrices
+        ]
         return "\n".join(rows)
 
     def _token_table(self) -> str:

@@ -1,14 +1,16 @@
 """What all families from transformers share: configurations, weights, tokenizers, stock folders."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from models.base import PrunableModel
 from models.preprocessing import TextPreprocessing
@@ -21,8 +23,11 @@ AUTO_CLASSES = {
     "question_answering": "AutoModelForQuestionAnswering",
 }
 HEAD_WORDS = ("classifier", "pre_classifier", "qa_outputs", "pooler", "score")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
-SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
+SPECIAL_TOKENS = {
+    "pad_token": ("[PAD]",), "unk_token": ("[UNK]", "<unk>"), "cls_token": ("[CLS]",), "sep_token": ("[SEP]",),
+    "bos_token": ("<s>", "<|begin_of_text|>"), "eos_token": ("</s>", "<|end_of_text|>"),
+}  # fmt: skip
 
 
 def config_of(source: str, local: bool, settings: Mapping[str, Any]) -> Any:
@@ -73,6 +78,60 @@ def build_network(settings: Mapping[str, Any], head: Head, classes: int | None) 
             return auto_class(head).from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"model.settings: cannot build a {kind} with {head} from them: {error}") from error
+
+
+def build_causal(settings: Mapping[str, Any]) -> nn.Module:
+    """Build a causal language model at random weights from a configuration in transformers' terms.
+
+    Raises:
+        InputError: If `settings` does not make a network.
+    """
+    given = dict(settings)
+    kind = given.pop("model_type", "llama")
+    try:
+        with quiet():
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given))
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"model.settings: cannot build a causal {kind} from them: {why}") from error
+
+
+def causal_network(source: str, local: bool, config: Any) -> nn.Module:
+    """Load a causal language model, all weights of it.
+
+    Raises:
+        InputError: If weights are missing, or shapes differ.
+    """
+
+    def load(only_here: bool) -> Any:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                source, config=config, local_files_only=only_here, output_loading_info=True,
+                dtype=config.dtype or torch.float32,
+            )  # fmt: skip
+
+    network, found = _fetched(load, source, local)
+    if missing := sorted(found["missing_keys"]):
+        key = f"model.checkpoint={source}" if local else f"model.name={source}"
+        raise InputError(
+            f"{key}: first difference at {missing[0]!r}: the file has nothing, the model {_shape(network, missing[0])}"
+        )
+    return network
+
+
+def plain_config(network: nn.Module) -> dict[str, Any]:
+    """A network's configuration as JSON values, without the path that it came from."""
+    found = json.loads(network.config.to_json_string(use_diff=False))  # type: ignore[union-attr,operator]
+    return {name: value for name, value in found.items() if name != "_name_or_path"}
+
+
+def refuse_larger_vocabulary(tokenizer: Any, network: nn.Module, key: str) -> None:
+    """Raise an InputError if a tokenizer has ids that the network's embedding has no row for."""
+    largest, rows = max(tokenizer.get_vocab().values()), network.config.vocab_size  # type: ignore[union-attr]
+    if largest >= rows:  # type: ignore[operator]
+        raise InputError(
+            f"{key}: its tokenizer has token ids up to {largest}, the embedding {rows} rows; they don't belong together"
+        )
 
 
 def set_labels(config: Any, head: Head, classes: int | None) -> None:
@@ -143,9 +202,7 @@ def _renew_head(network: nn.Module) -> None:
 def load_tokenizer(source: str, local: bool) -> Any:
     """The fast tokenizer that comes with a model; None if the folder has none."""
     folder = Path(source)
-    if local and not any(
-        (folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "vocab.json")
-    ):
+    if local and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
 
     def load(only_here: bool) -> Any:
@@ -154,8 +211,15 @@ def load_tokenizer(source: str, local: bool) -> Any:
 
     bare = local and (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file()
     if bare:  # without its configuration transformers cannot tell which class it is
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **SPECIAL_TOKENS)
+        return _bare_tokenizer(folder / "tokenizer.json")
     return _fetched(load, source, local)
+
+
+def _bare_tokenizer(file: Path) -> Any:
+    """A tokenizer from its rules alone; its special tokens are those of the usual names that it has."""
+    known = PreTrainedTokenizerFast(tokenizer_file=str(file)).get_vocab()
+    found = {role: next((name for name in names if name in known), None) for role, names in SPECIAL_TOKENS.items()}
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **{r: name for r, name in found.items() if name})
 
 
 def text_preprocessing(tokenizer: Any, config: Any) -> TextPreprocessing | None:

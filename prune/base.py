@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -75,6 +75,23 @@ class GroupPlan:
 
 
 @dataclass(frozen=True)
+class MatrixPlan:
+    """How many weights of a matrix become zero.
+
+    Attributes:
+        name: Dotted name of its linear.
+        layer: Position of its block, from 0.
+        count: Its weights.
+        zeros: Those that become zero.
+    """
+
+    name: str
+    layer: int
+    count: int
+    zeros: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a pruned model keeps. A full plan is the identity.
 
@@ -85,6 +102,7 @@ class Plan:
         ratio_reached: Fraction that the kept units and the merged tokens remove.
         tokens: How tokens are merged on their way; None leaves their flow as it is.
         token_counts: Tokens that then enter the attention and the MLP of each block.
+        matrices: One entry per weight matrix in which weights become zero.
         details: What else a method has to say of it, as plain values.
     """
 
@@ -94,6 +112,7 @@ class Plan:
     ratio_reached: float = 0.0
     tokens: Reduction | None = None
     token_counts: tuple[tuple[int, int], ...] = ()
+    matrices: tuple[MatrixPlan, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -112,8 +131,9 @@ class Plan:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing goes: no unit, and no token."""
-        return self.keeps_all_units and not (self.tokens and self.tokens.merges)
+        """Whether nothing goes: no unit, no token, and no weight."""
+        zeros = any(matrix.zeros for matrix in self.matrices)
+        return self.keeps_all_units and not (self.tokens and self.tokens.merges) and not zeros
 
     def summary(self) -> dict[str, Any]:
         """The plan as a record shows it: numbers of units, not their indices."""
@@ -127,6 +147,7 @@ class Plan:
             "ratio_reached": self.ratio_reached,
             "groups": groups,
             **self._token_summary(),
+            **({"matrices": [asdict(matrix) for matrix in self.matrices]} if self.matrices else {}),
             **({"details": dict(self.details)} if self.details else {}),
         }
 
@@ -158,7 +179,8 @@ class Plan:
         tokens = Reduction(tuple(r["merged"] for r in rows), **found["token_reduction"]) if rows is not None else None
         counts = tuple((r["attention"], r["mlp"]) for r in rows or ())
         ratios = (found["ratio_asked"], found["ratio_reached"])
-        return cls(tuple(groups), found["budget"], *ratios, tokens, counts, found.get("details", {}))
+        matrices = tuple(MatrixPlan(**row) for row in found.get("matrices", ()))
+        return cls(tuple(groups), found["budget"], *ratios, tokens, counts, matrices, found.get("details", {}))
 
     @classmethod
     def of(cls, model: PrunableModel, kept: Mapping[str, Tensor], **others: Any) -> "Plan":

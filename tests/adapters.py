@@ -6,11 +6,13 @@ from functools import partial
 import torch
 
 from data.base import Classification, DataBundle, Task, TensorBatches
+from data.language_modelling import LanguageModelling
 from data.regression import Regression
 from data.squad_task import QuestionAnswering
 from models.base import Batch, PrunableModel
 from models.bert import LAYOUTS, bert
 from models.hf import Head
+from models.llama import llama
 from models.resnet import resnet
 from models.toy_encoder import toy_encoder
 from models.vit import vit
@@ -77,6 +79,18 @@ def encoder(kind: str, classes: int = CLASSES, head: Head = "classification") ->
     return model, samples
 
 
+def causal(kind: str, **settings: object) -> tuple[PrunableModel, Batch]:
+    """Two layers of a Llama-like language model, three KV heads under six query heads, with padded samples."""
+    sizes: dict[str, object] = {
+        "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6,
+        "num_key_value_heads": 3, "head_dim": 4, "intermediate_size": 20, "max_position_embeddings": 24,
+    }  # fmt: skip
+    model = llama(settings={"model_type": kind, **sizes, **settings})
+    stirred(model.network)
+    samples = texts(CLASSES)
+    return model, {name: samples[name] for name in ("input_ids", "attention_mask")}
+
+
 def texts(classes: int) -> Batch:
     """Random token ids with padding, and labels; a float each where there is one class."""
     generator = torch.Generator().manual_seed(2)
@@ -100,6 +114,11 @@ ADAPTERS: dict[str, Adapter] = {
     "resnet_basic": lambda: timm_resnet("resnet18"),
     "resnet_bottleneck": lambda: timm_resnet("resnet50"),
     **{kind.replace("-", "_"): partial(encoder, kind) for kind in LAYOUTS},
+    "llama": lambda: causal("llama", attention_bias=True, mlp_bias=True),
+    "llama_plain": lambda: causal("llama", head_dim=None),
+    "mistral": lambda: causal("mistral", sliding_window=4),
+    "qwen2": lambda: causal("qwen2"),
+    "qwen3": lambda: causal("qwen3", head_dim=6),
     "bert_regression": lambda: encoder("bert", classes=1),
     "bert_question_answering": lambda: encoder("bert", head="question_answering"),
     "distilbert_question_answering": lambda: encoder("distilbert", head="question_answering"),
@@ -113,6 +132,8 @@ def bundle_of(samples: Batch, batches: int = 3) -> DataBundle:
         for rows in zip(*(t.tensor_split(batches) for t in samples.values()), strict=True)
     ]
     task: Task = QuestionAnswering() if "start" in samples else Classification(CLASSES)
+    if "labels" not in samples and "start" not in samples:
+        task = LanguageModelling(vocabulary=50)
     if "labels" in samples and samples["labels"].is_floating_point():
         task = Regression()
     return DataBundle(

@@ -26,12 +26,19 @@ def problems(*arguments: str) -> list[str]:
 GROUPS = {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in CONFIGS.iterdir() if group.is_dir()}
 
 
+# no labels for the default model to count
+READERS = {
+    "data=squad": ["model=bert"],
+    **{f"data={source}": ["model=tiny_llama"] for source in ("c4", "pydoc", "wikitext2")},
+    "data=text": ["model=tiny_llama", f"data.root={ROOT}"],
+}
+
+
 @pytest.mark.parametrize("option", [f"{g}={o}" for g, options in GROUPS.items() for o in options if o[0] != "_"])
 def test_every_shipped_option_composes_and_checks(option: str) -> None:
     group, name = option.split("=")
     argument = {"evals": f"evals=[{name}]", "experiment": f"+{option}"}.get(group, option)
-    reader = ["model=bert"] if option == "data=squad" else []  # no labels for the default model to count
-    assert problems(argument, *reader) == []
+    assert problems(argument, *READERS.get(option, [])) == []
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
@@ -91,7 +98,7 @@ CASES = [
         ["prune=nope: prune has no option 'nope'; ", "there is: fisher, magnitude, none, optin, optin_tau, random"],
     ),
     (("prune=fischer",), ["did you mean 'fisher'?"]),
-    (("evals=[accuracy,nosuch]",), ["evals has no option 'nosuch'; there is: accuracy, latency"]),
+    (("evals=[accuracy,nosuch]",), ["evals has no option 'nosuch'; there is: accuracy, byte_perplexity, latency"]),
     (("evals=[latenc]",), ["did you mean 'latency'?"]),
     (
         ("evals=[accuracy]", "evals.latency.batch=1"),

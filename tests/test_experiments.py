@@ -14,10 +14,14 @@ from tokenizers.processors import BertProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from main import run
+from models.checkpoint import save_model
+from models.llama import llama
 from tests.conftest import CONFIGS, SMALL, Compose
 
 NAMES = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "film", "who", "made", "it", "anna", "did"]
+UNTIMED = ("tiny_llama_wanda", "llama_wanda", "llama_sparsegpt", "llama_magnitude")
+FEW_BLOCKS = ("evals.latency.blocks=1", "evals.throughput.batch=2")
 FEW = ("data.calibration_batch_size=4", "data.batch_size=4", "model.training.epochs=1")
 TIMED = tuple(s for s in SMALL if s.startswith("evals."))
 
@@ -78,12 +82,41 @@ def questions(folder: Path) -> tuple[str, ...]:
     return (f"data.root={folder}", encoder(folder), *lengths, *FEW)
 
 
+SHORT = (
+    "data.length=32", "data.calibration_length=16", "data.calibration_samples=8", "data.calibration_batch_size=4",
+    "data.validation_samples=4",
+)  # fmt: skip
+
+
+def corpus(folder: Path) -> tuple[str, ...]:
+    """A WikiText-2 and a C4 of a few sentences, and a small Llama that reads their bytes."""
+    for split in ("train", "test"):
+        (folder / f"{split}.txt").write_text("\n\n".join(["= Film =", *["Anna made a good film . " * 8] * 9]))
+    documents = "\n".join(json.dumps({"text": f"{i} who made a film, and did it well? " * 3}) for i in range(20))
+    (folder / "train.jsonl").write_text(documents)
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    save_model(llama(settings=sizes, tokenizer="byte"), folder / "llama")
+    sources = (f"data.root={folder}", f"data.calibration.root={folder}", f"model.checkpoint={folder / 'llama'}")
+    own = ("data.calibration.length=32", "data.calibration.calibration_length=16", "data.calibration.train_samples=4",
+           "data.calibration.calibration_samples=8", "data.calibration.validation_samples=4")  # fmt: skip
+    return (*sources, *SHORT, *own)
+
+
+def manual(folder: Path) -> tuple[str, ...]:
+    """Python's own manual, a little of it, and a small Llama."""
+    sizes = "model.settings={hidden_size: 24, intermediate_size: 20, num_hidden_layers: 2, max_position_embeddings: 64}"
+    return (*SHORT, sizes, "data.train_samples=32", "model.training.epochs=1")
+
+
 TINY_VIT = "model.settings={depth: 2, embed_dim: 24, num_heads: 4}"
 TINY_RESNET = "model.settings={layers: [1, 1, 1, 1], channels: [8, 8, 8, 8], stem_width: 8}"
 REAL: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...]]] = {
     "deit_optin": (pictures, (TINY_VIT,)),
     "deit_optin_beta": (pictures, (TINY_VIT,)),
     "deit_tome": (pictures, (TINY_VIT,)),
+    "tiny_llama_wanda": (manual, ()),
+    **{f"llama_{method}": (corpus, ()) for method in ("wanda", "sparsegpt", "magnitude")},
     "resnet_optin": (pictures, (TINY_RESNET, "prune.ratio=0.01")),
     "cifar_optin": (cifar, (TINY_VIT,)),
     "bert_optin": (sentences, ()),
@@ -121,9 +154,7 @@ def test_it_runs_small_on_data_of_its_kind(name: str, composed: Compose, tmp_pat
     given = (
         f"storage={tmp_path}/storage",
         "prune.ratio=0.05",
-        *TIMED,
-        "evals.latency.blocks=1",
-        "evals.throughput.batch=2",
+        *(s for s in (*TIMED, *FEW_BLOCKS) if name not in UNTIMED),
     )
     record = run(composed(f"+experiment={name}", *make(tmp_path / "data"), *given, *more), tmp_path / "out")
     assert record.status == "ok" and record.name == name and record.plan and not record.plan.is_identity

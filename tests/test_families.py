@@ -39,6 +39,8 @@ FAMILIES = [
     "bert",
     "distilbert",
     "roberta",
+    "llama",
+    "qwen3",
 ]
 TINY_VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4}
 TINY_BERT = {

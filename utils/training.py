@@ -83,6 +83,7 @@ def fit(
     seed: int = 0,
     title: str = "train",
     scratch: Scratch | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> Trained:
     """Train a network in place and leave it in eval mode with its last weights.
 
@@ -96,11 +97,12 @@ def fit(
         seed: Seeds whatever the network draws, such as dropout.
         title: Label of the progress bar.
         scratch: Where to keep the state after every epoch, and to go on from.
+        after_step: Called after every step, to put weights back that must not move.
 
     Raises:
         RunError: If the loss becomes NaN or infinite.
     """
-    loop = _Loop(network, loss_of, batches, settings, score, title)
+    loop = _Loop(network, loss_of, batches, settings, score, title, after_step)
     if scratch is not None and (left := scratch.load()) is not None:
         loop.restore(left)
     with random_state_restored(), progress_bar(title, settings.epochs, done=len(loop.history)) as advance:
@@ -124,9 +126,11 @@ class _Loop:
         settings: Training,
         score: Callable[[], dict[str, float]],
         title: str,
+        after_step: Callable[[], None] | None = None,
     ) -> None:
         self.network, self.loss_of, self.batches = network, loss_of, batches
         self.settings, self.score, self.title = settings, score, title
+        self.after_step = after_step
         self.optimizer = _optimizer(network, settings)
         self.history: History = []
         self.best_epoch, self.best = 0, _weights(network)
@@ -162,6 +166,8 @@ class _Loop:
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.clip)
         self.optimizer.step()
+        if self.after_step is not None:
+            self.after_step()
         return loss.detach()
 
     def state(self) -> Artifact:
@@ -170,7 +176,8 @@ class _Loop:
             for number, state in self.optimizer.state_dict()["state"].items()
             for name, value in state.items()
         }
-        weights = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
+        # copies: tied tensors share memory, which a file can't hold
+        weights = {f"network/{name}": tensor for name, tensor in _weights(self.network).items()}
         best = {f"best/{name}": tensor for name, tensor in self.best.items()}
         return Artifact({**weights, **best, **moments}, {"history": self.history, "best_epoch": self.best_epoch})
 

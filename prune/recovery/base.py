@@ -12,12 +12,14 @@ from torch import Tensor
 import utils.training
 from data.base import DataBundle
 from models.base import Batch, PrunableModel
-from models.pretrained import train, validate
+from models.pretrained import validate
+from prune.recovery import zeros
+from prune.recovery.zeros import zeros_kept
 from utils.code import code_hash
 from utils.errors import InputError
 from utils.rules import Count, NonNegative, Positive
 from utils.storage import Artifact, Scratch, Store, folder_name
-from utils.training import History, Training
+from utils.training import History, Training, fit
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class TrainedRecovery(Training, ABC):
     ) -> Recovered:
         """Train a copy of the pruned model, or fetch the weights if that was done before.
 
+        Weights that pruning has set to zero stay zero.
+
         Raises:
             InputError: If there is no training data.
             RunError: If the loss stops being finite.
@@ -79,7 +83,10 @@ class TrainedRecovery(Training, ABC):
 
         def compute(scratch: Scratch) -> Artifact:
             start = time.perf_counter()
-            trained = train(model, data, self, seed, self.loss(model, dense, data), "recover", scratch)
+            loss, kept = self.loss(model, dense, data), zeros_kept(model.network, dense.network)
+            trained = fit(
+                model.network, loss, data.train, self, lambda: validate(model, data), seed, "recover", scratch, kept
+            )
             weights = {f"last/{n}": t for n, t in trained.last.items()} | {
                 f"best/{n}": t for n, t in trained.best.items()
             }
@@ -109,7 +116,7 @@ class TrainedRecovery(Training, ABC):
     def _key(self, pruned: PrunableModel, dense: PrunableModel, data: DataBundle, seed: int) -> dict[str, Any]:
         return {
             "recovery": f"{type(self).__module__}.{type(self).__qualname__}",
-            "code": code_hash(type(self), type(pruned), *pruned.code, type(data.task), utils.training),
+            "code": code_hash(type(self), type(pruned), *pruned.code, type(data.task), utils.training, zeros),
             "settings": asdict(replace(self, use="last")),
             "pruned": pruned.fingerprint(),
             "dense": dense.fingerprint(),
