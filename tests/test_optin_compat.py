@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import prune.optin.exact
 from models.bert import bert
 from models.cost import cost_model
 from models.vit import vit
 from prune.base import Scores
+from prune.gates import gated
 from prune.optin import compat
 from prune.optin.combine import Positions
 from prune.optin.compat import Accounting, Rule, nested_counts, released_schedule, released_walk, searched
@@ -26,6 +28,7 @@ from tests.adapters import ADAPTERS, bundle_of
 from tests.test_optin import plain_losses
 from tests.test_optin_tau import ranked_scores
 from utils.errors import InputError
+from utils.hooks import captured
 from utils.storage import Store
 
 NEURONS, HEADS, TOKENS = Positions("n", 0, "neuron"), Positions("h", 0, "head"), Positions("t", 0)
@@ -49,9 +52,6 @@ def test_1_masks_of_earlier_layers_leak_into_heads() -> None:
     assert torch.equal(clean["md"][first.name], leaked["md"][first.name])
     assert not torch.allclose(clean["kd"][second.name], leaked["kd"][second.name], rtol=0.05)
     # as if the last head of the first layer were gone for good, but compared with the dense model
-    from prune.gates import gated
-    from utils.hooks import captured
-
     gates = {g.name: torch.ones(g.count) for g in (first, second)}
     gates[first.name][-1] = gates[second.name][0] = 0
     points, batch = model.feature_points(), data.calibration[0]
@@ -161,17 +161,13 @@ def test_6_what_stands_in_depends_on_order_and_path() -> None:
     vision = compat.combined(terms, [NEURONS], 2, rule())["n"].tolist()
     language = compat.combined(terms, [NEURONS], 2, rule(vision=False))["n"].tolist()
     assert vision == [3.0, 700.0, 3.0, 5.0] and language == [3.0, 700.0, 201.0, 5.0]
-    heads = compat.combined({t: {"h": v["n"]} for t, v in terms.items()}, [replace_kind("h", "head")], 2, rule())
+    heads = compat.combined({t: {"h": v["n"]} for t, v in terms.items()}, [HEADS], 2, rule())
     assert heads["h"].tolist() == language
     # neurons come before tokens of a layer and lend them their memory; heads have their own
     both = {"md": {"n": torch.tensor([500.0]), "t": torch.tensor([0.0]), "h": torch.tensor([1.0])},
             "kd": {"n": torch.tensor([2.0]), "t": torch.tensor([0.0]), "h": torch.tensor([2.0])}}  # fmt: skip
     found = compat.combined(both, [TOKENS, NEURONS, HEADS], 2, rule(vision=False))
     assert found["h"].tolist() == [3.0]
-
-
-def replace_kind(name: str, kind: str) -> Positions:
-    return Positions(name, 0, kind)
 
 
 def test_7_padding_counts_in_compat_mode() -> None:
@@ -182,17 +178,14 @@ def test_7_padding_counts_in_compat_mode() -> None:
     assert not torch.allclose(clean["md"][group], padded["md"][group], rtol=0.01)
     ranked_padded = ranked_scores(Optin(mode="compat"), model, data)
     assert torch.equal(ranked_padded.terms["md"][group], padded["md"][group])
-    unmasked = {name: tensor for name, tensor in samples.items() if name != "attention_mask"}
     expected = plain_losses(model, bundle_of(samples, 1), Settings())  # without pads
-    assert torch.allclose(clean["md"][group], expected["md"][group], rtol=1e-3) and "input_ids" in unmasked
+    assert torch.allclose(clean["md"][group], expected["md"][group], rtol=1e-3)
 
 
 def test_7_vision_takes_the_clean_neurons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = ADAPTERS["toy_images"]()
     data, store = replace(bundle_of(samples, 1), domain="vision"), Store(tmp_path)
     clean = ranked(Optin(), model, data, store)
-    import prune.optin.exact
-
     kinds = []
     plain = prune.optin.exact.group_losses
     monkeypatch.setattr(

@@ -18,6 +18,7 @@ from prune.base import Scores
 from prune.optin.unpickled import unpickled
 from utils.errors import InputError
 
+PUBLISHED = "published"
 Row = tuple[float, int, int, str]
 # the authors' `cap` files hold layer 0 alone and are never used
 FILES = {"head": "head_ranking_body.pkl", "neuron": "neuron_ranking_body.pkl"}
@@ -108,7 +109,7 @@ def published_scores(folder: Path, model: PrunableModel, tokens: int | None) -> 
         scores[group.name] = values[: group.count].clone()
         if len(values) > group.count:
             scores[f"{block}.tokens"] = values[group.count :].clone()
-    return Scores({"published": scores})
+    return Scores({PUBLISHED: scores})
 
 
 def _one_per_layer(model: PrunableModel, kind: str) -> list[UnitGroup]:

@@ -21,6 +21,7 @@ from prune.optin.compat import (
     released_walk,
     searched,
 )  # fmt: skip
+from prune.optin.published import PUBLISHED
 from prune.optin.tokens import by_layer, positions_of
 from prune.tokens.costs import cut_costs
 from utils.errors import InputError
@@ -112,8 +113,8 @@ def _notes(vision: bool, details: Mapping[str, Any]) -> list[str]:
 
 def _importances(model: PrunableModel, scores: Scores, released: Released) -> Mapping[str, Tensor]:
     """Combined and modified scores; published ones are that already."""
-    if "published" in scores.terms:
-        return scores.terms["published"]
+    if PUBLISHED in scores.terms:
+        return scores.terms[PUBLISHED]
     facts, groups = scores.facts, list(model.unit_groups())
     scored = [*groups, *(positions_of(model) if released.tokens else [])]
     grams = {"head": facts["rows"], "neuron": facts["rows"], TOKEN: facts["samples"]} if released.mean else None

@@ -17,7 +17,7 @@ from prune.optin.combine import Loss, combined, decayed
 from prune.optin.exact import exact_losses
 from prune.optin.facts import facts_of, has_pads
 from prune.optin.precision import Precision
-from prune.optin.published import content_hash, find_published, published_scores
+from prune.optin.published import PUBLISHED, content_hash, find_published, published_scores
 from prune.optin.published_config import from_published
 from prune.optin.released import Released, released_plan
 from prune.optin.search import two_kinds
@@ -35,7 +35,6 @@ SEARCHED = frozenset({
     "last_neuron_decay", "token_envelope", "aggregate", "head_final", "neuron_final", "search", "memory_gb",
     "published",
 })  # fmt: skip
-PUBLISHED = "published"
 # so few units, each once a calibration batch, are masked one by one in seconds
 FEW_PASSES = 2048
 
