@@ -59,8 +59,10 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(5.2 * count, 3.6))
     # fixed margins: finding them by layout costs as much as drawing, in every job of a sweep
     figure.subplots_adjust(left=0.8 / (5.2 * count), right=1 - 0.15 / (5.2 * count), bottom=0.14, top=0.83, wspace=0.22)
-    axes = figure.subplots(1, count, squeeze=False)
-    return figure, list(axes[0])
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for panel in axes:
+        panel.set_title("", y=1.0)  # a height of its own spares looking for one, which lays out all tick labels
+    return figure, axes
 
 
 def _plural(kind: str) -> str:
@@ -171,6 +173,7 @@ def pareto(
     figure = Figure(figsize=(6.4, 4.4))
     figure.subplots_adjust(left=0.12, right=0.97, bottom=0.12, top=0.92)
     axes = figure.subplots()
+    axes.set_title("", y=1.0)
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
     axes.plot(*zip(*dense, strict=True), marker="*", markersize=13, linestyle="", color="black", label="dense")
@@ -186,7 +189,7 @@ def pareto(
 def png(figure: Figure) -> bytes:
     """Draw a figure."""
     content = io.BytesIO()
-    figure.savefig(content, dpi=110, format="png")
+    figure.savefig(content, dpi=110, format="png", pil_kwargs={"compress_level": 1})
     return content.getvalue()
 
 
