@@ -1,35 +1,47 @@
 """Weight sparsity against the published loops, on the same model, calibration and device.
 
-Wanda's loop: one sample at a time, two forwards a block, a hook on every linear, a full stable
-sort. N:m's: one selection after the other over the groups of columns. SparseGPT's: a Gram matrix
-for every linear, and one column after the other. Both sides run in turns, the best of each counts;
-masks are compared. The loops were written anew from their descriptions.
+The loops are in benchmarks/published_weights.py. All ways of a method run in turns; medians count, wall time and the
+process's own time on the CPUs (which other work on the machine disturbs less). Masks are compared, and with a real
+model and text perplexities. `parts` is where our time goes; the floor is what the passes' matrix products would take
+at the speed that one of them has here by itself.
 
 python -m benchmarks.weights --shape small
+python -m benchmarks.weights --checkpoint ../shared/data/llama_baby --text ../shared/data/text/tinystories --length 256
 python -m benchmarks.weights --shape llama_1b --device cuda --dtype bfloat16 --offload
 """
 
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from data.base import Classification, DataBundle, TensorBatches
-from models.llama import Llama, llama
+from benchmarks.published_weights import loop_pattern, published_columns, published_sparsegpt, published_wanda
+from data.base import Classification, DataBundle, TensorBatches, prepared
+from evals.base import Subject
+from evals.perplexity import Perplexity
+from main import CONFIGS
+from models.base import PrunableModel
+from models.llama import llama
+from models.visiting import settle
 from prune.weights.masks import Pattern, pattern_mask
-from prune.weights.matrices import linear_of
 from prune.weights.method import WeightSparsity
 from prune.weights.sequential import rewritten, written
 from prune.weights.sparsegpt import SparseGPT, inverse_factor, sparsegpt
-from prune.weights.statistics import Gram
+from prune.weights.statistics import Gram, SquaredNorms
+from prune.weights.walk import Walk
 from prune.weights.wanda import Wanda
-from utils.storage import Scratch
+from utils.config import build
+from utils.from_python import configured
+from utils.storage import Scratch, Store
 
 
 @dataclass(frozen=True)
@@ -50,11 +62,12 @@ class Shape:
 SHAPES = {
     "tiny": Shape(128, 512, 2, 4, 2, 256, 8, 32, 4),
     "small": Shape(512, 2048, 4, 8, 2, 1024, 32, 128, 8),
+    "medium": Shape(768, 3072, 6, 12, 4, 1024, 32, 128, 8),
     "llama_1b": Shape(2048, 8192, 16, 32, 8, 128_256, 128, 2048, 8),
 }
 
 
-def random_llama(shape: Shape, dtype: torch.dtype, device: str) -> Llama:
+def random_llama(shape: Shape, dtype: torch.dtype) -> PrunableModel:
     torch.manual_seed(0)
     sizes = {
         "model_type": "llama", "vocab_size": shape.vocabulary, "hidden_size": shape.width,
@@ -62,7 +75,7 @@ def random_llama(shape: Shape, dtype: torch.dtype, device: str) -> Llama:
         "num_key_value_heads": shape.key_heads, "max_position_embeddings": shape.length, "tie_word_embeddings": True,
     }  # fmt: skip
     model = llama(settings=sizes)
-    model.network.to(device, dtype).requires_grad_(False)
+    model.network.to(dtype)
     return model
 
 
@@ -73,210 +86,242 @@ def calibration(shape: Shape) -> DataBundle:
     return DataBundle("noise", "synthetic", Classification(2), batches, TensorBatches(example, 1), 0, [], example, {})
 
 
-class _Stop(Exception):
-    pass
+def real(checkpoint: str, text: str, length: int, batch: int, folder: Path) -> tuple[PrunableModel, DataBundle]:
+    """A trained model, calibrated on 128 windows of its training text."""
+    values = {
+        "model": "llama", "model.checkpoint": checkpoint, "data": "text", "data.root": text, "data.length": length,
+        "data.calibration_length": length, "data.calibration_batch_size": batch,
+    }  # fmt: skip
+    cfg, _ = configured(values, CONFIGS)
+    model = build(cfg.model)
+    return model, prepared(build(cfg.data), model, Store(folder))
 
 
-def first_inputs(model: Llama, data: DataBundle) -> list[tuple[Tensor, dict[str, Any]]]:
-    """What block 0 is given, sample by sample."""
-    found: list[tuple[Tensor, dict[str, Any]]] = []
+@dataclass
+class Times:
+    """Seconds of one way to do something, run by run, and what came out last."""
 
-    def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args[0], kwargs))
-        raise _Stop
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    found: Any = None
 
-    handle = model.network.get_submodule(model.blocks()[0]).register_forward_pre_hook(catch, with_kwargs=True)
-    for batch in data.calibration:
-        for ids in batch["input_ids"].split(1):
-            try:
-                model.logits({"input_ids": ids.to(model.device)})
-            except _Stop:
-                pass
-    handle.remove()
+    def run(self, work: Callable[[], Any], device: str) -> None:
+        """Time one run, the device's part included."""
+        self.found = None
+        wait_for(device)
+        start, cpu = time.perf_counter(), time.process_time()
+        self.found = work()
+        wait_for(device)
+        self.wall.append(time.perf_counter() - start)
+        self.cpu.append(time.process_time() - cpu)
+
+
+def wait_for(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_turns(ways: dict[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, Times]:
+    found = {name: Times() for name in ways}
+    for _ in range(repeats):
+        for name, work in ways.items():
+            found[name].run(work, device)
     return found
 
 
-Add = Callable[[Tensor, Tensor, int], Tensor]
-
-
-def published_walk(
-    model: Llama, data: DataBundle, start: Callable[[int], Tensor], add: Add, prune: Callable[[nn.Linear, Tensor], None]
-) -> None:
-    """The published schedule, in place."""
-    given = first_inputs(model, data)
-    for name in model.blocks():
-        block = model.network.get_submodule(name)
-        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-        sums = {id(module): start(module.in_features).to(model.device) for module in linears}
-        counts = dict.fromkeys(sums, 0)
-
-        def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor, sums: dict = sums, counts: dict = counts):
-            sums[id(module)] = add(sums[id(module)], args[0].flatten(0, 1).T.float(), counts[id(module)])
-            counts[id(module)] += 1
-
-        handles = [module.register_forward_hook(note) for module in linears]
-        for x, kwargs in given:
-            block(x, **kwargs)
-        for handle in handles:
-            handle.remove()
-        for module in linears:
-            prune(module, sums[id(module)])
-        given = [(block(x, **kwargs), kwargs) for x, kwargs in given]
-
-
-def published_wanda(model: Llama, data: DataBundle, share: float) -> None:
-    def add(mean: Tensor, x: Tensor, count: int) -> Tensor:
-        return mean * (count / (count + 1)) + torch.norm(x, p=2, dim=1) ** 2 / (count + 1)
-
-    def prune(module: nn.Linear, mean: Tensor) -> None:
-        scores = module.weight.abs() * mean.reshape(1, -1).sqrt()
-        order = torch.sort(scores, dim=-1, stable=True)[1]
-        mask = torch.zeros_like(scores, dtype=torch.bool)
-        mask.scatter_(1, order[:, : int(scores.shape[1] * share)], True)
-        module.weight[mask] = 0
-
-    published_walk(model, data, torch.zeros, add, prune)
-
-
-def published_sparsegpt(model: Llama, data: DataBundle, share: float) -> None:
-    def add(gram: Tensor, x: Tensor, count: int) -> Tensor:
-        x = (2 / (count + 1)) ** 0.5 * x
-        return gram * (count / (count + 1)) + x @ x.T
-
-    def prune(module: nn.Linear, gram: Tensor) -> None:
-        module.weight.copy_(published_columns(module.weight.float(), inverse_factor(gram, 0.01).upper, share))
-
-    published_walk(model, data, lambda n: torch.zeros(n, n), add, prune)
-
-
-def published_columns(weight: Tensor, upper: Tensor, share: float, width: int = 128) -> Tensor:
-    """One column after the other, in the orientation of the layer."""
-    weight = weight.clone()
-    losses = torch.zeros_like(weight)
-    for start in range(0, weight.shape[1], width):
-        stop = min(start + width, weight.shape[1])
-        block, inverse = weight[:, start:stop].clone(), upper[start:stop, start:stop]
-        kept, errors = torch.zeros_like(block), torch.zeros_like(block)
-        saliency = block**2 / inverse.diagonal().reshape(1, -1) ** 2
-        mask = saliency <= saliency.flatten().sort()[0][int(saliency.numel() * share) - 1]
-        for j in range(stop - start):
-            w, d = block[:, j], inverse[j, j]
-            q = w.clone()
-            q[mask[:, j]] = 0
-            kept[:, j] = q
-            losses[:, start + j] = (w - q) ** 2 / d**2
-            error = (w - q) / d
-            block[:, j:] -= error.unsqueeze(1).matmul(inverse[j, j:].unsqueeze(0))
-            errors[:, j] = error
-        weight[:, start:stop] = kept
-        weight[:, stop:] -= errors.matmul(upper[start:stop, stop:])
-    return weight
-
-
-def loop_pattern(scores: Tensor, pattern: Pattern) -> Tensor:
-    """One selection a group of columns."""
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    for start in range(0, scores.shape[1], pattern.of):
-        chosen = torch.topk(scores[:, start : start + pattern.of], pattern.zeros, dim=1, largest=False)[1]
-        mask.scatter_(1, start + chosen, True)
-    return mask
-
-
-def ours(method: WeightSparsity, model: Llama, data: DataBundle) -> Llama:
+def ours(method: WeightSparsity, model: PrunableModel, data: DataBundle) -> PrunableModel:
     with tempfile.TemporaryDirectory() as folder:
         found = rewritten(method, model, data, Scratch(Path(folder) / "weights.partial"))
     return written(model, found.tensors)
 
 
-def in_place(model: Llama, work: Callable[[Llama], None]) -> Llama:
+def in_place(model: PrunableModel, work: Callable[[PrunableModel], None]) -> PrunableModel:
     copy = model.copy()
     work(copy)
     return copy
 
 
-def seconds(work: Callable[[], Any], device: str) -> tuple[float, Any]:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    found = work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, found
-
-
-def zeros(model: Llama) -> Iterator[Tensor]:
+def linears(model: PrunableModel) -> Iterator[nn.Linear]:
     for name in model.blocks():
         for module in model.network.get_submodule(name).modules():
             if isinstance(module, nn.Linear):
-                yield module.weight == 0
+                yield module
 
 
-def agreement(first: Llama, second: Llama) -> float:
+def agreement(first: PrunableModel | Tensor, second: PrunableModel | Tensor) -> float:
     """Share of the weights that are zero in both or in neither."""
-    pairs = [(int((a == b).sum()), a.numel()) for a, b in zip(zeros(first), zeros(second), strict=True)]
-    return sum(same for same, _ in pairs) / sum(count for _, count in pairs)
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return float(((first == 0) == (second == 0)).double().mean())
+    assert isinstance(first, PrunableModel) and isinstance(second, PrunableModel)
+    pairs = [(a.weight == 0, b.weight == 0) for a, b in zip(linears(first), linears(second), strict=True)]
+    return sum(int((a == b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
 
 
-def compare(name: str, loop: Callable[[], Any], mine: Callable[[], Any], same: Callable[[Any, Any], float],
-            device: str, repeats: int) -> None:  # fmt: skip
-    times: tuple[list[float], list[float]] = ([], [])
-    found: list[Any] = [None, None]
-    for _ in range(repeats):
-        for side, work in enumerate((loop, mine)):
-            spent, found[side] = seconds(work, device)
-            times[side].append(spent)
-    slow, fast = map(min, times)
-    print(f"| {name} | {slow:.3f} | {fast:.3f} | {slow / fast:.1f} | {same(*found):.4%} |", flush=True)
+@contextmanager
+def split_times(device: str) -> Iterator[dict[str, float]]:
+    """Seconds inside forwards, statistics and selections, of what runs inside a `with`."""
+    spent: dict[str, float] = {"forward": 0.0, "statistics": 0.0, "selection": 0.0}
+
+    def timed(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            wait_for(device)
+            start = time.perf_counter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                wait_for(device)
+                spent[part] += time.perf_counter() - start
+
+        return run
+
+    places = [(Walk, "forward", "forward"), (SquaredNorms, "add", "statistics"), (Gram, "add", "statistics")]
+    places += [(Wanda, "solve", "selection"), (SparseGPT, "solve", "selection")]
+    patches = [mock.patch.object(kind, name, timed(part, getattr(kind, name))) for kind, name, part in places]
+    for patch in patches:
+        patch.start()
+    try:
+        yield spent
+    finally:
+        for patch in patches:
+            patch.stop()
+        spent["forward"] -= spent["statistics"]
 
 
-def equal_masks(first: Tensor, second: Tensor) -> float:
-    return float(((first == 0) == (second == 0)).double().mean())
+def floor_seconds(model: PrunableModel, data: DataBundle, device: str) -> float:
+    """Least time of the passes' products: all linears of a block twice, but the last to run and the last block once."""
+    blocks, rows = [model.network.get_submodule(name) for name in model.blocks()], data.calibration[0]["input_ids"]
+    tokens = sum(batch["input_ids"].numel() for batch in data.calibration)
+    sizes = [[m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear)] for block in blocks]
+    macs = tokens * (sum(sum(s[:-1]) for s in sizes) + sum(map(sum, sizes[:-1])))
+    weight = next(linears(model)).weight.detach()
+    wide = torch.randn(4 * weight.shape[1], weight.shape[1], dtype=weight.dtype).to(device)
+    x = torch.randn(rows.numel(), weight.shape[1], dtype=weight.dtype).to(device)
+    times = in_turns({"mm": lambda: [x @ wide.T for _ in range(10)]}, device, 7)["mm"]
+    # the process's own time on a CPU: other work does not count there
+    return macs / (10 * x.numel() * len(wide)) * min(times.cpu if device == "cpu" else times.wall)
+
+
+class Report:
+    """Prints one table, row by row."""
+
+    def __init__(self, model: PrunableModel, data: DataBundle, device: str, repeats: int, length: int | None) -> None:
+        self.model, self.data, self.device, self.repeats, self.length = model, data, device, repeats, length
+        print("| what | wall s | CPU s | ratio, wall | ratio, CPU | equal masks | perplexity | parts |")
+        print("|---|--:|--:|--:|--:|--:|--:|---|")
+
+    def compare(self, name: str, loop: Callable[[], Any], mine: dict[str, Callable[[], Any]], more: int = 0) -> None:
+        """Run all ways in turns and print a row of each."""
+        found = in_turns({"published": loop, **mine}, self.device, self.repeats + more)
+        base = found["published"]
+        for way, times in found.items():
+            ratios = [median(base.wall) / median(times.wall), median(base.cpu) / median(times.cpu)]
+            masks = agreement(base.found, times.found)
+            # batches that go abreast wait for each other inside their forwards
+            whole = isinstance(times.found, PrunableModel) and way in mine and "one_forward" not in way
+            parts = self._parts(mine[way]) if whole else ""
+            print(
+                f"| {name}, {way} | {median(times.wall):.3f} | {median(times.cpu):.3f} | {ratios[0]:.2f} "
+                f"| {ratios[1]:.2f} | {masks:.4%} | {self._perplexity(times.found)} | {parts} |",
+                flush=True,
+            )
+
+    def _parts(self, work: Callable[[], Any]) -> str:
+        times = Times()
+        with split_times(self.device) as spent:
+            times.run(work, self.device)
+        rest = times.wall[0] - sum(spent.values())
+        return ", ".join(f"{name} {s / times.wall[0]:.0%}" for name, s in {**spent, "rest": rest}.items())
+
+    def _perplexity(self, found: Any) -> str:
+        if self.length is None or not isinstance(found, PrunableModel):
+            return ""
+        value = Perplexity(length=self.length, batch=16).measure([Subject(found, self.data)])[0]["perplexity"].value
+        return f"{value:.4f}"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--checkpoint", help="a Llama's folder, in place of a shape")
+    parser.add_argument("--text", help="folder with train*.txt and validation*.txt, for a checkpoint")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a window of that text")
+    parser.add_argument("--batch", type=int, default=8, help="windows of that text in a batch")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--offload", action="store_true", help="keep only the current block on the device")
+    parser.add_argument("--only", nargs="*", choices=["patterns", "wanda", "columns", "sparsegpt"])
+    parser.add_argument("--ways", nargs="*", default=["default", "one_forward", "bfloat16"], help="of ours")
+    parser.add_argument("--repeats", type=int, default=3)
+    return parser.parse_args()
+
+
+def ways_of(kind: type[WeightSparsity], report: Report, chosen: Sequence[str], offload: bool) -> dict[str, Callable]:
+    settings: dict[str, dict[str, Any]] = {
+        "default": {},
+        "one_forward": {"schedule": "one_forward"},
+        "bfloat16": {"precision": "bfloat16"},
+    }
+    return {
+        f"ours, {way}": lambda s=settings[way]: ours(kind(offload=offload, **s), report.model, report.data)
+        for way in chosen
+    }
+
+
+def compare_patterns(report: Report) -> None:
+    scores = torch.rand(2048, 8192, generator=torch.Generator().manual_seed(0)).to(report.device)
+    for pattern in (Pattern(2, 4), Pattern(4, 8)):
+        report.compare(
+            f"{pattern.zeros}:{pattern.of}, one matrix of 2048 x 8192", lambda p=pattern: ~loop_pattern(scores, p),
+            {"ours": lambda p=pattern: ~pattern_mask(scores, p)}, more=4,
+        )  # fmt: skip
+
+
+def compare_columns(report: Report) -> None:
+    weight = list(linears(report.model))[-1].weight.detach().to(report.device)
+    gram = Gram()
+    gram.add(torch.randn(2 * weight.shape[1], weight.shape[1]).to(report.device), 1)
+    factor = inverse_factor(gram.gram(), 0.01)
+    report.compare(
+        f"SparseGPT's columns, {weight.shape[0]} x {weight.shape[1]}",
+        lambda: published_columns(weight.float(), factor.upper, 0.5),
+        {"ours": lambda: sparsegpt([weight], factor, [0.5])[0].weight},
+    )
+
+
+def peaks(report: Report, offload: bool) -> None:
+    for kind in (Wanda, SparseGPT):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        ours(kind(offload=offload), report.model, report.data)
+        print(f"\nPeak device memory of {kind.__name__}: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB.")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--schedule", default="block_sequential", help="of our side")
-    parser.add_argument("--offload", action="store_true", help="keep only the current block on the device")
-    parser.add_argument("--repeats", type=int, default=2)
-    arguments = parser.parse_args()
-    shape, device = SHAPES[arguments.shape], arguments.device
-    model, data = random_llama(shape, getattr(torch, arguments.dtype), device), calibration(shape)
-    settings: dict[str, Any] = {"schedule": arguments.schedule, "offload": arguments.offload}
-    print(
-        f"{arguments.shape}: {shape}, {arguments.dtype}, {device}, {torch.get_num_threads()} CPU threads, {settings}\n"
-    )
-    print("| what | published loop, s | ours, s | ratio | equal masks |\n|---|--:|--:|--:|--:|")
-    weight = linear_of(model.network, f"{model.blocks()[0]}.mlp.down_proj").weight.detach()
-    with torch.no_grad():
-        scores, repeats = torch.rand(2048, 8192, device=device), arguments.repeats
-        for zero, of in ((2, 4), (4, 8)):
-            pattern = Pattern(zero, of)
-            compare(
-                f"{zero}:{of}, one matrix of 2048 x 8192", lambda p=pattern: ~loop_pattern(scores, p),
-                lambda p=pattern: ~pattern_mask(scores, p), equal_masks, device, repeats + 1,
-            )  # fmt: skip
-        compare(
-            "Wanda 50%, model", lambda: in_place(model, lambda m: published_wanda(m, data, 0.5)),
-            lambda: ours(Wanda(**settings), model, data), agreement, device, repeats,
-        )  # fmt: skip
-        gram = Gram()
-        gram.add(torch.randn(2 * weight.shape[1], weight.shape[1], device=device), 1)
-        factor = inverse_factor(gram.gram(), 0.01)
-        compare(
-            "SparseGPT 50%, one matrix", lambda: published_columns(weight.float(), factor.upper, 0.5),
-            lambda: sparsegpt([weight], factor, [0.5])[0].weight, equal_masks, device, repeats,
-        )  # fmt: skip
-        compare(
-            "SparseGPT 50%, model", lambda: in_place(model, lambda m: published_sparsegpt(m, data, 0.5)),
-            lambda: ours(SparseGPT(**settings), model, data), agreement, device, repeats,
-        )  # fmt: skip
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        ours(Wanda(**settings), model, data)
-        print(f"\nPeak device memory of ours, Wanda: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB.")
+    chosen, folder = arguments(), tempfile.TemporaryDirectory()
+    torch.set_grad_enabled(False)
+    if chosen.checkpoint:
+        model, data = real(chosen.checkpoint, chosen.text, chosen.length, chosen.batch, Path(folder.name))
+    else:
+        model, data = (
+            random_llama(SHAPES[chosen.shape], getattr(torch, chosen.dtype)),
+            calibration(SHAPES[chosen.shape]),
+        )
+    settle(model, torch.device(chosen.device), visiting=chosen.offload)
+    what = chosen.checkpoint or f"{chosen.shape}: {SHAPES[chosen.shape]}, {chosen.dtype}"
+    print(f"{what}, {chosen.device}, {torch.get_num_threads()} CPU threads, offload={chosen.offload}\n")
+    report = Report(model, data, chosen.device, chosen.repeats, chosen.length if chosen.checkpoint else None)
+    parts = chosen.only or ["patterns", "wanda", "columns", "sparsegpt"]
+    if "patterns" in parts:
+        compare_patterns(report)
+    for name, kind, loop in (("wanda", Wanda, published_wanda), ("sparsegpt", SparseGPT, published_sparsegpt)):
+        if name == "sparsegpt" and "columns" in parts:
+            compare_columns(report)
+        if name in parts:
+            ways = ways_of(kind, report, chosen.ways, chosen.offload)
+            report.compare(f"{kind.__name__} 50%", lambda f=loop: in_place(model, lambda m: f(m, data, 0.5)), ways)
+    print(f"\nFloor of the default's forward passes: {floor_seconds(model, data, chosen.device):.2f} s.")
+    if chosen.device == "cuda":
+        peaks(report, chosen.offload)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The noun every data source produces, and the tasks it can be for."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from evals.scores import f1, matthews, standard_error
 from utils.errors import InputError
+from utils.storage import Store
 from utils.training import TrainBatches
 
 if TYPE_CHECKING:
@@ -84,6 +86,26 @@ class Distributing(Protocol):
 
     def distributions(self, logits: Tensor, batch: Batch) -> Tensor:
         """Logits with the outcomes last, (B, ..., outcomes); minus infinity where there is only padding."""
+        ...
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """A task that knows ahead by what it is scored."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of its `figures`, the one to quote first."""
+        ...
+
+
+@runtime_checkable
+class Particular(Protocol):
+    """A task whose figures compare only where they were taken in the same way."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """That way as plain values: `protocol` and `token_hash`."""
         ...
 
 
@@ -213,9 +235,42 @@ class DataSource(Protocol):
         ...
 
 
-def prepared(source: DataBundle | DataSource, model: "PrunableModel") -> DataBundle:
-    """What `data=` built, in the form that the model reads."""
-    return source if isinstance(source, DataBundle) else source.prepare(model)
+@runtime_checkable
+class Storing(Protocol):
+    """A source that keeps what takes long to make of its data."""
+
+    def prepare_in(self, model: "PrunableModel", store: Store | None) -> DataBundle:
+        """The same as `prepare`, with what lies in storage already not made again."""
+        ...
+
+
+def prepared(source: DataBundle | DataSource, model: "PrunableModel", store: Store | None = None) -> DataBundle:
+    """What `data=` built, in the form that the model reads.
+
+    Args:
+        source: The bundle itself, or what makes it.
+        model: The model that reads it.
+        store: Where a source may keep what takes long to make.
+    """
+    if isinstance(source, DataBundle):
+        return source
+    return source.prepare_in(model, store) if isinstance(source, Storing) else source.prepare(model)
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """Training batches of which a part can be held out."""
+
+    def divided(self, share: float, seed: int) -> tuple[TrainBatches, TrainBatches]:
+        """Batches of all samples but a share, and batches of that share; each sample is in one of them."""
+        ...
+
+
+def divided_rows(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw `round(share * count)` of the rows, at least one and never all; the others come first, both ascending."""
+    held = min(max(round(share * count), 1), count - 1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[held:].sort().values, order[:held].sort().values
 
 
 class TensorBatches:
@@ -249,6 +304,16 @@ class TensorBatches:
             if self.augment is not None:
                 batch["inputs"] = self.augment(batch["inputs"], generator)
             yield batch
+
+    def divided(self, share: float, seed: int) -> tuple["TensorBatches", "TensorBatches"]:
+        """Batches of all samples but a share, and batches of that share."""
+        rest, held = divided_rows(self.samples, share, seed)
+        return self._of(rest), self._of(held)
+
+    def _of(self, rows: Tensor) -> "TensorBatches":
+        twin = copy.copy(self)
+        twin.tensors, twin.samples = {name: tensor[rows] for name, tensor in self.tensors.items()}, len(rows)
+        return twin
 
 
 def calibration_batches(tensors: Batch, batches: int, batch_size: int, seed: int) -> list[Batch]:

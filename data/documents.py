@@ -1,6 +1,7 @@
 """Local files that hold texts: plain, parquet or JSON lines, packed or not."""
 
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -41,6 +42,15 @@ def demanded_files(root: Path, names: Sequence[str], suffixes: Sequence[str] = S
         return found
     wanted = " or ".join(f"{name}*" for name in names)
     raise InputError(f"data.root={root}: must be a folder with a file {wanted} ({', '.join(suffixes)}); it has none")
+
+
+def content_hash(files: Sequence[Path]) -> str:
+    """Hash of files by content and name, wherever they lie."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}|".encode())
+    return digest.hexdigest()
 
 
 def read_texts(path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 Shapes: B samples, C channels, H and W the model's input size in pixels.
 """
 
+import copy
 import hashlib
 import logging
 import os
@@ -19,7 +20,7 @@ from timm.data import create_transform  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.base import Batch, DataBundle, Task, fingerprint_of
+from data.base import Batch, DataBundle, Task, divided_rows, fingerprint_of
 from models.preprocessing import ImagePreprocessing
 from utils.errors import InputError
 
@@ -154,6 +155,47 @@ class ImageBatches:
             self.broken.add(failures)
             if batch is not None:
                 yield batch
+
+    def divided(self, share: float, seed: int) -> tuple["ImageBatches", "ImageBatches"]:
+        """Batches of all images but a share, and batches of that share."""
+        rest, held = divided_rows(len(self.items.labels), share, seed)
+        return self._of(rest), self._of(held)
+
+    def _of(self, rows: Tensor) -> "ImageBatches":
+        twin = copy.copy(self)
+        twin.items = SomeItems(self.items, rows)
+        return twin
+
+
+@dataclass(frozen=True)
+class SomeItems:
+    """Some of the images of a split.
+
+    Attributes:
+        items: All of them.
+        rows: Which, (N,).
+    """
+
+    items: ImageItems
+    rows: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """The class of each image, (N,) int64."""
+        return self.items.labels[self.rows]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever an image, a label or the choice does."""
+        return fingerprint_of(self.items.fingerprint, self.rows)
+
+    def name(self, index: int) -> str:
+        """What the split calls it."""
+        return self.items.name(int(self.rows[index]))
+
+    def image(self, index: int) -> Image.Image:
+        """Open an image."""
+        return self.items.image(int(self.rows[index]))
 
 
 def transform_of(images: ImagePreprocessing, training: bool = False) -> Transform:

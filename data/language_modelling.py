@@ -7,6 +7,7 @@ of 2,048 tokens over 128,256 words take a gibibyte.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,18 +30,30 @@ class LanguageModelling:
         vocabulary: Token ids that the data may hold, from 0.
         protocol: Name of what the validation loss stands for, such as `wikitext2-test/token-chunk@2048`.
         corpus: The validation text, which perplexities are measured on; None without one.
+        token_hash: Hash of the validation samples' token ids; None where it is not known.
         name: What the task is called.
     """
 
     vocabulary: int
     protocol: str = "token-chunk"
     corpus: Corpus | None = field(default=None, repr=False, compare=False)
+    token_hash: str | None = field(default=None, compare=False)
     name: str = "language_modelling"
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The tokens, which of them are real, and what is predicted where that is told."""
         return ("input_ids", "attention_mask", "targets")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Perplexity and accuracy per token."""
+        return ("token_perplexity", "token_accuracy")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How the validation samples were cut, and which tokens they hold."""
+        return {"protocol": self.protocol, "token_hash": self.token_hash}
 
     def loss(self, logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy of the next token in nats, over all tokens of the batch that have one."""
@@ -61,10 +74,10 @@ class LanguageModelling:
     def figures(self, predictions: Predictions) -> dict[str, Figure]:
         """Perplexity per token of the validation samples, and how often the likeliest next token is right."""
         nats, hits, count = _totals(predictions)
-        details = {"protocol": self.protocol, "predicted": count, "loss_dtype": "float32"}
+        details = {**self.facts, "predicted": count, "loss_dtype": "float32"}
         return {
             "token_perplexity": Figure(exponential(nats / count), details, unit="per token"),
-            "token_accuracy": Figure(hits / count, {"predicted": count}),
+            "token_accuracy": Figure(hits / count, details),
         }
 
     def quality(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:

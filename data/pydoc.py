@@ -7,68 +7,50 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from data.causal_text import CausalText, Loaded, Sizes
-from data.corpus import Corpus, Document, stream_of
-from utils.rules import Count, Seed, checked
+from data.base import fingerprint_of
+from data.causal_text import CausalText, Loaded
+from data.corpus import Document, stream_of
+from data.token_cache import TokenCache
+from utils.rules import Count
 
 EVERY = 8
 
 
-@checked
-def pydoc(
-    *,
-    length: Count = 128,
-    batch_size: Count = 16,
-    calibration_samples: Count = 128,
-    calibration_length: Count = 128,
-    calibration_batch_size: Count = 16,
-    train_samples: Count | None = None,
-    validation_samples: Count | None = None,
-    tokens: Count | None = None,
-    calibration: Any = None,
-    seed: Seed = 0,
-) -> "Pydoc":
-    """Python's own manual; every eighth chapter is for validation.
-
-    Args:
-        length: Tokens of a training or validation chunk.
-        batch_size: Chunks per batch.
-        calibration_samples: Windows that scores are computed on.
-        calibration_length: Tokens of each, whatever `length` is.
-        calibration_batch_size: Windows per batch.
-        train_samples: Chunks to train on at most; None: all.
-        validation_samples: Chunks to validate on at most; None: all.
-        tokens: Length of the sample that costs are stated for; None: that of a calibration window.
-        calibration: Another source of text to calibrate on, with sizes of its own; None: this one.
-        seed: Seeds the order of training and the calibration windows.
-
-    Raises:
-        InputError: If a value breaks its rule.
-    """
-    sizes = Sizes(
-        length, batch_size, calibration_samples, calibration_length, calibration_batch_size, train_samples,
-        validation_samples, tokens, seed,
-    )  # fmt: skip
-    return Pydoc(name="pydoc", sizes=sizes, calibration=calibration)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pydoc(CausalText):
-    """Python's manual, which waits for a tokenizer."""
+    """Python's own manual; every eighth chapter is for validation."""
 
-    def load(self, tokenizer: Any) -> Loaded:
+    length: Count = 128
+    batch_size: Count = 16
+    calibration_length: Count = 128
+    calibration_batch_size: Count = 16
+
+    @property
+    def name(self) -> str:
+        """The module that holds the text."""
+        return "pydoc"
+
+    def identity(self) -> str:
+        """Hash of all chapters."""
+        train, held_out = chapters()
+        return fingerprint_of(len(train), *train, *held_out)
+
+    def load(self, tokenizer: Any, cache: TokenCache) -> Loaded:
         """Every chapter tokenised by itself; windows are of the stream of chapters for training."""
         texts, held_out = chapters()
-        train, name = stream_of(tokenizer, texts), f"pydoc-{sys.version_info[0]}.{sys.version_info[1]}-validation"
-        corpus = Corpus(
+        name = f"pydoc-{sys.version_info[0]}.{sys.version_info[1]}-validation"
+        train = cache.part("train", lambda: stream_of(tokenizer, texts))
+        return Loaded(
             name=name,
-            tokens=stream_of(tokenizer, held_out),
-            documents=[Document(text, text) for text in held_out],
-            tokenizer=tokenizer,
+            train=train,
+            windows=self.stream_windows(train),
+            measured=cache.part("measured", lambda: stream_of(tokenizer, held_out)),
+            documents=lambda: [Document(text, text) for text in held_out],
             document_protocol=f"{name}/documents",
-            most_chunks=self.sizes.validation_samples,
         )
-        return Loaded(train, self.stream_windows(train), corpus)
+
+
+pydoc = Pydoc
 
 
 def chapters() -> tuple[list[str], list[str]]:

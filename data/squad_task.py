@@ -31,6 +31,11 @@ class QuestionAnswering:
     may_be_empty: bool = False
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """Overlap of words, and answers that are right to the letter."""
+        return ("f1", "exact_match")
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """Positions of the answer, the sample's number, and which tokens are real."""
         return ("start", "end", "window", "attention_mask")

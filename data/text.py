@@ -1,5 +1,6 @@
 """What all text sources share: batches padded as late as possible, the calibration sample, the example."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -7,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
-from data.base import Batch, fingerprint_of
+from data.base import Batch, divided_rows, fingerprint_of
 from models.preprocessing import TextPreprocessing
 from utils.errors import InputError
 
@@ -109,6 +111,7 @@ class TextBatches:
     def __init__(self, samples: Samples, batch_size: int, shuffle_seed: int | None = None) -> None:
         self.samples, self.batch_size, self.shuffle_seed = samples, batch_size, shuffle_seed
         self.epoch = 1
+        self._rows: Tensor | None = None
         lengths = samples.lengths() if shuffle_seed is None else []
         self._longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
@@ -117,7 +120,8 @@ class TextBatches:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
+        count = len(self.samples) if self._rows is None else len(self._rows)
+        return -(-count // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         order = self._order()
@@ -128,7 +132,19 @@ class TextBatches:
         if self.shuffle_seed is None:
             return self._longest_first
         generator = torch.Generator().manual_seed(1_000_003 * self.shuffle_seed + self.epoch)
+        if self._rows is not None:
+            return self._rows[torch.randperm(len(self._rows), generator=generator)].tolist()
         return torch.randperm(len(self.samples), generator=generator).tolist()
+
+    def divided(self, share: float, seed: int) -> tuple["TextBatches", "TextBatches"]:
+        """Batches of all samples but a share, and batches of that share; for shuffled ones."""
+        rest, held = divided_rows(len(self.samples), share, seed)
+        return self._of(rest), self._of(held)
+
+    def _of(self, rows: Tensor) -> "TextBatches":
+        twin = copy.copy(self)
+        twin._rows = rows
+        return twin
 
 
 def batch_of(samples: Samples, rows: Sequence[int]) -> Batch:

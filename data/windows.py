@@ -13,8 +13,10 @@ from torch import Tensor
 
 from utils.errors import InputError
 
+KEY = "data.calibration_length"
 
-def stream_windows(tokens: Tensor, samples: int, length: int, seed: int, source: str) -> Tensor:
+
+def stream_windows(tokens: Tensor, samples: int, length: int, seed: int, source: str, key: str = KEY) -> Tensor:
     """Draw windows from one long stream.
 
     Args:
@@ -23,6 +25,7 @@ def stream_windows(tokens: Tensor, samples: int, length: int, seed: int, source:
         length: Tokens of each, L.
         seed: Of the draws.
         source: What the stream is, for the message.
+        key: What the length is called, for the message.
 
     Returns:
         (N, L).
@@ -31,14 +34,20 @@ def stream_windows(tokens: Tensor, samples: int, length: int, seed: int, source:
         InputError: If the stream is not longer than a window.
     """
     if len(tokens) <= length:
-        raise InputError(f"data.calibration_length={length}: must be below {len(tokens)}, all tokens that {source} has")
+        raise InputError(f"{key}={length}: must be below {len(tokens)}, all tokens that {source} has")
     draw = Random(seed)
     starts = [draw.randint(0, len(tokens) - length - 1) for _ in range(samples)]
     return torch.stack([tokens[start : start + length] for start in starts])
 
 
 def document_windows(
-    texts: Sequence[str], encode: Callable[[str], Tensor], samples: int, length: int, seed: int, source: str
+    texts: Sequence[str],
+    encode: Callable[[str], Tensor],
+    samples: int,
+    length: int,
+    seed: int,
+    source: str,
+    key: str = KEY,
 ) -> Tensor:
     """Draw a document until it is longer than a window, then a window of it; again for each window.
 
@@ -49,6 +58,7 @@ def document_windows(
         length: Tokens of each, L.
         seed: Of the draws.
         source: What the documents are, for the message.
+        key: What the length is called, for the message.
 
     Returns:
         (N, L).
@@ -66,9 +76,7 @@ def document_windows(
             if len(read[number]) > length:
                 return read[number]
             if len(read) == len(texts) and (longest := max(map(len, read.values()))) <= length:
-                raise InputError(
-                    f"data.calibration_length={length}: must be below {longest}, the longest document of {source}"
-                )
+                raise InputError(f"{key}={length}: must be below {longest}, the longest document of {source}")
 
     if not texts:
         raise InputError(f"{source} holds no documents to draw calibration windows from")

@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from data.base import DataBundle, Figure
 from evals.predictions import Predictions, kept_predictions, predictions_of
 from models.base import Batch, PrunableModel
+from utils.errors import InputError
 from utils.storage import Store
 
 
@@ -23,19 +24,26 @@ class Measurement:
         unit: Its unit.
         reason: Why there is no value.
         details: Further figures that belong to it, by name.
+        how: How it was measured, in one sentence; empty: the first line of the metric's own description.
+        files: What lies beside the record by ending, such as `raw.json`; the run names them.
     """
 
     value: float | int | None
     unit: str
     reason: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    how: str = ""
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `reason` only where there is no value."""
+        """Plain values with a `status` (measured, estimated, unreliable, null); `reason` only where there is none."""
+        how = {"how": self.how} if self.how else {}
         if isinstance(self.value, float) and not math.isfinite(self.value):
-            return {"value": None, "unit": self.unit, "reason": f"the value is {self.value}"}
-        why = {"reason": self.reason} if self.value is None else {}
-        return {"value": self.value, "unit": self.unit, **why, **self.details}
+            return {"value": None, "unit": self.unit, "status": "null", "reason": f"the value is {self.value}", **how}
+        state: dict[str, Any] = {"status": self.details.get("status", "measured")}
+        if self.value is None:
+            state = {"status": "null", "reason": self.reason}
+        return {"value": self.value, "unit": self.unit, **self.details, **state, **how}
 
 
 class Subject:
@@ -112,3 +120,29 @@ class Metric(Protocol):
     def measure(self, subjects: Sequence[Subject]) -> list[Measurements]:
         """Return, for each subject, one or more measurements by name."""
         ...
+
+
+@runtime_checkable
+class Checking(Protocol):
+    """A metric that can tell before any work that it could not measure."""
+
+    def check(self, model: PrunableModel, data: DataBundle) -> None:
+        """Refuse a model or data that it has no value for, and settings that they rule out.
+
+        Raises:
+            InputError: That names the key, its value and the rule.
+        """
+        ...
+
+
+def refuse_unmeasurable(metrics: Mapping[str, Metric], model: PrunableModel, data: DataBundle) -> None:
+    """Raise one InputError with everything that the chosen metrics can't measure."""
+    found = dict[str, None]()
+    for metric in metrics.values():
+        try:
+            if isinstance(metric, Checking):
+                metric.check(model, data)
+        except InputError as error:
+            found[str(error)] = None
+    if found:
+        raise InputError("\n".join(found))

@@ -1,39 +1,23 @@
 """Perplexity per byte of raw text, over whole documents."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from evals.base import Measurement, Measurements, Subject
-from evals.documents import as_measurement, likelihood
-from utils.rules import Count, check_fields
-
-UNIT = "per byte"
+from evals.documents import DocumentPerplexity, Likelihood
 
 
 @dataclass(frozen=True, kw_only=True)
-class BytePerplexity:
-    """`exp(nats of all documents / bytes of all documents)`; see `evals/documents.py`.
+class BytePerplexity(DocumentPerplexity):
+    """`exp(nats of all documents / bytes of all documents)`; see `evals/documents.py`."""
 
-    Attributes:
-        max_length: Tokens that a window predicts at most; part of the protocol.
-        batch: Windows in a forward pass; no part of the result.
-    """
+    name: ClassVar[str] = "byte_perplexity"
+    unit: ClassVar[str] = "per byte"
 
-    max_length: Count = 2048
-    batch: Count = 4
+    def per(self, found: Likelihood) -> int:
+        """Bytes of all documents."""
+        return found.size
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def measure(self, subjects: Sequence[Subject]) -> list[Measurements]:
-        """Measure each model on the same documents."""
-        return [{"byte_perplexity": self._perplexity(subject)} for subject in subjects]
-
-    def _perplexity(self, subject: Subject) -> Measurement:
-        found = likelihood(subject, self.max_length, self.batch, "byte_perplexity")
-        if isinstance(found, str):
-            return Measurement(None, UNIT, found)
-        return as_measurement(
-            found, UNIT, found.size, {"bytes": found.size, "bits_per_byte": found.nats / found.size / math.log(2)}
-        )
+    def more(self, found: Likelihood) -> dict[str, Any]:
+        """How many bytes there are, and the same cost in bits."""
+        return {"bytes": found.size, "bits_per_byte": found.nats / found.size / math.log(2)}

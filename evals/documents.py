@@ -7,17 +7,22 @@ counts are those of the raw documents, and sums run over all documents before th
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from data.base import DataBundle
 from data.corpus import Corpus, token_hash
 from data.language_modelling import IGNORED, exponential
-from evals.base import Measurement, Subject
-from evals.perplexity import numerics, unmeasurable
-from models.base import Batch
+from evals.base import Measurement, Measurements, Subject
+from evals.numerics import numerics
+from evals.perplexity import readable
+from models.base import Batch, PrunableModel
+from utils.errors import InputError
+from utils.rules import Count, check_fields
 
 Window = tuple[list[int], list[int]]
 
@@ -28,42 +33,85 @@ class Likelihood:
 
     Attributes:
         nats: Negative log-likelihood.
-        tokens: Predicted tokens.
         words: Pieces between runs of white space, empty ones at the ends included.
         size: Bytes of UTF-8.
         details: What the figure depends on.
     """
 
     nats: float
-    tokens: int
     words: int
     size: int
     details: dict[str, Any]
 
 
-def likelihood(subject: Subject, max_length: int, batch: int, metric: str) -> Likelihood | str:
-    """Measure a model on the documents of its data, or say why that can't be done.
+@dataclass(frozen=True, kw_only=True)
+class DocumentPerplexity(ABC):
+    """`exp(nats of all documents / size of all documents)`; a subclass says what their size is.
+
+    Attributes:
+        max_length: Tokens that a window predicts at most; part of the protocol.
+        batch: Windows in a forward pass; no part of the result.
+    """
+
+    max_length: Count = 2048
+    batch: Count = 4
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @abstractmethod
+    def per(self, found: Likelihood) -> int:
+        """The size of all documents."""
+
+    @abstractmethod
+    def more(self, found: Likelihood) -> dict[str, Any]:
+        """Figures that belong to it, by name."""
+
+    def check(self, model: PrunableModel, data: DataBundle) -> None:
+        """Refuse data without documents, windows beyond the model's context, and a tokenizer without a first token.
+
+        Raises:
+            InputError: If that is so.
+        """
+        corpus = readable(model, data, self.max_length, f"evals.{self.name}.max_length")
+        if prefix_of(corpus.tokenizer) is None:
+            rule = "must have a token for the beginning or the end of a text, which documents start with"
+            raise InputError(f"evals.{self.name}: the tokenizer of model={model.name} {rule}")
+        if not any(corpus.document_tokens):
+            raise InputError(f"evals.{self.name}: the documents of {corpus.name} hold no tokens")
+
+    def measure(self, subjects: Sequence[Subject]) -> list[Measurements]:
+        """Measure each model on the same documents."""
+        return [{self.name: self._perplexity(subject)} for subject in subjects]
+
+    def _perplexity(self, subject: Subject) -> Measurement:
+        try:
+            self.check(subject.model, subject.data)
+        except InputError as error:
+            return Measurement(None, self.unit, str(error))
+        found = likelihood(subject, self.max_length, self.batch)
+        details = {**found.details, **self.more(found)}
+        return Measurement(exponential(found.nats / self.per(found)), self.unit, details=details)
+
+
+def likelihood(subject: Subject, max_length: int, batch: int) -> Likelihood:
+    """Measure a model on the documents of its data.
 
     Args:
         subject: The model with its data.
         max_length: Tokens that a window predicts at most, L.
         batch: Windows in a forward pass; no part of the result.
-        metric: Name of the metric, for messages.
     """
-    if reason := unmeasurable(subject, max_length, f"evals.{metric}.max_length"):
-        return reason
     corpus: Corpus = subject.data.task.corpus  # type: ignore[attr-defined]
-    prefix = next((t for t in (corpus.tokenizer.bos_token_id, corpus.tokenizer.eos_token_id) if t is not None), None)
-    if prefix is None:
-        return "the tokenizer has no token that a document could start with"
-    texts = [document.text for document in corpus.documents]
-    read = corpus.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    prefix, read = prefix_of(corpus.tokenizer), corpus.document_tokens
+    assert prefix is not None
     windows = [window for tokens in read for window in rolling_windows(tokens, prefix, max_length)]
     # which goes first does not matter to a sum, and windows of like length need little padding
     windows.sort(key=lambda window: -len(window[0]))
     batches = [padded(windows[first : first + batch]) for first in range(0, len(windows), batch)]
-    if not windows:
-        return f"the documents of {corpus.name} hold no tokens"
     identity = token_hash(torch.tensor([token for read, wanted in windows for token in (len(read), *read, *wanted)]))
     nats = sum(float(costs[..., 0].double().sum()) for costs, _ in subject.answers(batches, f"{identity}/{batch}"))
     raw = [document.raw for document in corpus.documents]
@@ -72,13 +120,22 @@ def likelihood(subject: Subject, max_length: int, batch: int, metric: str) -> Li
         "protocol": f"{corpus.document_protocol}@{max_length}",
         "max_length": max_length,
         "documents": len(raw),
+        "windows": len(windows),
         "predicted": predicted,
-        "token_perplexity": exponential(nats / max(1, predicted)),
+        "token_hash": identity,
+        "token_perplexity": exponential(nats / predicted),
         "prefix": corpus.tokenizer.convert_ids_to_tokens(prefix),
         "add_bos_token": False,
-        **numerics(subject),
+        "batch_size": batch,
+        **corpus.facts,
+        **numerics(subject.model),
     }
-    return Likelihood(nats, predicted, sum(map(words_in, raw)), sum(len(t.encode()) for t in raw), details)
+    return Likelihood(nats, sum(map(words_in, raw)), sum(len(t.encode()) for t in raw), details)
+
+
+def prefix_of(tokenizer: Any) -> int | None:
+    """The token before a document: the tokenizer's beginning of sequence, else its end; None if it has neither."""
+    return next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
 
 
 def rolling_windows(tokens: Sequence[int], prefix: int, most: int) -> Iterator[Window]:
@@ -117,8 +174,3 @@ def padded(windows: Sequence[Window]) -> Batch:
 def words_in(text: str) -> int:
     """Pieces between runs of white space, empty ones at the ends included."""
     return len(re.split(r"\s+", text))
-
-
-def as_measurement(found: Likelihood, unit: str, per: int, details: dict[str, Any]) -> Measurement:
-    """`exp(nats / per)` with its details."""
-    return Measurement(exponential(found.nats / per), unit, details={**found.details, **details})

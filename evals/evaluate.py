@@ -1,9 +1,12 @@
 """Measuring all models of a comparison through the same code."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from data.base import DataBundle
-from evals.base import Measurements, Metric, Subject
+from evals.base import Measurement, Measurements, Metric, Subject
+from evals.comparable import refuse_incomparable
 from models.base import PrunableModel
 from utils.seed import random_state_restored
 from utils.storage import Store
@@ -21,10 +24,30 @@ def evaluate(
         store: Keeps the dense model's predictions, which every job of a sweep needs.
 
     Yields:
-        One mapping of measurements per model.
+        One mapping of measurements per model, each with how it was measured.
+
+    Raises:
+        InputError: If the models answer with different class heads.
     """
     dense, *pruned = models
     subjects = [Subject(dense, data, store), *(Subject(model, data) for model in pruned)]
+    refuse_incomparable(subjects)
     for metric in metrics.values():
         with random_state_restored():
-            yield metric.measure(subjects)
+            found = _absent(metric, subjects) or metric.measure(subjects)
+        yield [described(of_model, metric) for of_model in found]
+
+
+def _absent(metric: Metric, subjects: Sequence[Subject]) -> list[Measurements] | None:
+    """What a metric of a model on the device has no value for while blocks come and go; None where it has."""
+    figures: Mapping[str, str] = getattr(metric, "resident_only", {})
+    if not figures or all(subject.model.visited is None for subject in subjects):
+        return None
+    reason = "blocks visit the device one by one (prune.offload=true), so that this would be a figure of moving them"
+    return [{name: Measurement(None, unit, reason) for name, unit in figures.items()} for _ in subjects]
+
+
+def described(found: Measurements, metric: Metric) -> Measurements:
+    """Let each measurement say how it was made: where it does not, by the first line of the metric's description."""
+    words = (inspect.getdoc(metric) or "").partition("\n")[0]
+    return {name: m if m.how else replace(m, how=words) for name, m in found.items()}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.base import Condensing
+from data.base import Condensing, Particular
 from evals.base import Measurement, Measurements, Subject
 
 
@@ -17,10 +17,11 @@ class Loss:
 
     def _loss(self, subject: Subject) -> Measurement:
         task = subject.data.task
+        details = task.facts if isinstance(task, Particular) else {}
         if isinstance(task, Condensing):
-            return Measurement(task.mean_loss(subject.predictions), "nat")
+            return Measurement(task.mean_loss(subject.predictions), "nat", details=details)
         total, count = 0.0, 0
         for logits, batch in subject.predictions:
             total += float(task.loss(logits, batch)) * len(logits)
             count += len(logits)
-        return Measurement(total / count, getattr(task, "loss_unit", "nat"), details={"samples": count})
+        return Measurement(total / count, getattr(task, "loss_unit", "nat"), details={**details, "samples": count})

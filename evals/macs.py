@@ -17,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from evals.base import Measurement, Measurements, Subject
 from models.base import Batch, PrunableModel
 from models.cost import CostModel, cost_model
+from models.keeping import Keeping
+from models.merging import Reduction
+from models.token_use import seen_of, token_use
 from utils.errors import RunError
 
 TOLERANCE = 0.01
@@ -27,7 +30,10 @@ class Macs:
     """MACs of one sample at the bundle's example length.
 
     `flops` is twice the MACs. `matching` is what a model that merges tokens spends on finding out
-    which; it is no part of the MACs, as in published figures. A disagreement above 1% between the
+    which, and `scoring` what one that drops tokens spends on rows of attention that it looks at; they are
+    no part of the MACs, as in published figures. Where the data decides how many tokens stay, the MACs are
+    the mean over the validation split as batched, with the ideal and its 95th percentile beside it
+    (`models/token_use.py`). A disagreement above 1% between the
     analytic count and torch's `FlopCounterMode` ends the run: one of the two is wrong.
     """
 
@@ -38,7 +44,7 @@ class Macs:
     def _count(self, subject: Subject) -> Measurements:
         model, example = subject.model, subject.data.example
         costs = cost_model(model, example)
-        analytic, matching = costs.total("macs"), matching_macs(model, costs)
+        analytic, matching = costs.total("macs"), matching_macs(model, costs) + scoring_macs(model, costs, example)
         counted = counted_macs(model, example)
         if abs(analytic + matching - counted) > TOLERANCE * max(counted, 1):
             raise RunError(
@@ -46,19 +52,35 @@ class Macs:
                 f"{model.name}; they must agree within {TOLERANCE:.0%}"
             )
         details = {"flops": 2 * analytic, "flop_counter": counted}
-        if model.reduction is not None:
+        if isinstance(model.reduction, Reduction):
             details["matching"] = matching
+        value: float = analytic
+        if isinstance(model.reduction, Keeping):
+            assert costs.dropping is not None
+            use = token_use(model, subject.data.validation)
+            value = use.typical(costs.dropping, analytic, seen_of(model, example).width)
+            details |= {"flops": 2 * value, "scoring": matching, **use.figures(costs.dropping)}
         if "input_ids" in example:
             details["tokens"] = example["input_ids"].shape[1]
         return {
-            "macs": Measurement(analytic, "MAC/sample", details=details),
+            "macs": Measurement(value, "MAC/sample", details=details),
             "fvcore_flops": _fvcore_flops(model, example),
         }
 
 
 def matching_macs(model: PrunableModel, costs: CostModel) -> int:
     """MACs that a model spends on comparing tokens with each other; 0 if it merges none."""
-    return costs.tokens.matching(model.reduction) if model.reduction and costs.tokens else 0
+    if not isinstance(model.reduction, Reduction) or costs.tokens is None:
+        return 0
+    return costs.tokens.matching(model.reduction)
+
+
+def scoring_macs(model: PrunableModel, costs: CostModel, example: Batch) -> int:
+    """MACs that a model spends on scoring tokens before it drops some; 0 if it drops none."""
+    if not isinstance(model.reduction, Keeping) or costs.dropping is None:
+        return 0
+    seen = seen_of(model, example)
+    return costs.dropping.scoring(model.reduction, seen.executed, seen.fused)
 
 
 def counted_macs(model: PrunableModel, example: Batch) -> int:

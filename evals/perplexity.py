@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.base import TensorBatches
-from data.corpus import token_hash
+from data.base import DataBundle, TensorBatches
+from data.corpus import Corpus, token_hash
 from data.language_modelling import IGNORED, LanguageModelling, exponential, next_tokens
 from evals.base import Measurement, Measurements, Subject
+from evals.numerics import numerics
+from models.base import PrunableModel
+from utils.errors import InputError
 from utils.rules import Count, check_fields
 
 UNIT = "per token"
@@ -35,18 +38,29 @@ class Perplexity:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    def check(self, model: PrunableModel, data: DataBundle) -> None:
+        """Refuse data without text, chunks beyond the model's context, and chunks that the text does not fill.
+
+        Raises:
+            InputError: If that is so.
+        """
+        key = "evals.perplexity.length"
+        corpus = readable(model, data, self.length, key)
+        if not 2 <= self.length <= len(corpus.tokens):
+            rule = f"must be from 2 to {len(corpus.tokens)}, all tokens that {corpus.name} has"
+            raise InputError(f"{key}={self.length}: {rule}")
+
     def measure(self, subjects: Sequence[Subject]) -> list[Measurements]:
         """Measure each model on the same chunks."""
         return [{"perplexity": self._perplexity(subject)} for subject in subjects]
 
     def _perplexity(self, subject: Subject) -> Measurement:
-        if reason := unmeasurable(subject, self.length, "evals.perplexity.length"):
-            return Measurement(None, UNIT, reason)
-        corpus = subject.data.task.corpus  # type: ignore[attr-defined]
+        try:
+            self.check(subject.model, subject.data)
+        except InputError as error:
+            return Measurement(None, UNIT, str(error))
+        corpus: Corpus = subject.data.task.corpus  # type: ignore[attr-defined]
         chunks = corpus.chunks(self.length)
-        if not len(chunks) or self.length < 2:
-            rule = f"must be from 2 to {len(corpus.tokens)}, all tokens that {corpus.name} has"
-            return Measurement(None, UNIT, f"evals.perplexity.length={self.length}: {rule}")
         samples = {"input_ids": chunks, "attention_mask": torch.ones_like(chunks)}
         digest = token_hash(chunks)
         answers = subject.answers(TensorBatches(samples, self.batch), f"{digest}@{self.length}/{self.batch}")
@@ -58,7 +72,9 @@ class Perplexity:
             "predicted": len(chunks) * (self.length - 1),
             "token_hash": digest,
             "bos": corpus.bos(chunks),
-            **numerics(subject),
+            "batch_size": self.batch,
+            **corpus.facts,
+            **numerics(subject.model),
         }
         return Measurement(exponential(float(means.mean())), UNIT, details=details)
 
@@ -76,16 +92,21 @@ def chunk_means(costs: Tensor, wanted: Tensor) -> Tensor:
     return costs[..., 0].double().sum(dim=1) / (wanted != IGNORED).sum(dim=1)
 
 
-def unmeasurable(subject: Subject, length: int, key: str) -> str | None:
-    """Why a perplexity in windows of this many tokens can't be measured; None if it can."""
-    task, own = subject.data.task, subject.model.preprocessing
+def readable(model: PrunableModel, data: DataBundle, length: int, key: str) -> Corpus:
+    """The text that a perplexity is measured on, in windows that fit into the model's context.
+
+    Args:
+        model: What reads it.
+        data: Where it lies.
+        length: Tokens of a window.
+        key: What that is called, for messages.
+
+    Raises:
+        InputError: If there is none, or the windows don't fit.
+    """
+    task, own = data.task, model.preprocessing
     if not isinstance(task, LanguageModelling) or task.corpus is None:
-        return f"data={subject.data.name} holds no text for a language model"
+        raise InputError(f"{key.rpartition('.')[0]}: data={data.name} holds no text for a language model")
     if own is not None and length > own.longest:
-        return f"{key}={length}: must be at most {own.longest}, the context of model={subject.model.name}"
-    return None
-
-
-def numerics(subject: Subject) -> dict[str, str]:
-    """What the last digits of a perplexity depend on."""
-    return {"dtype": str(subject.model.dtype).removeprefix("torch."), "loss_dtype": "float32"}
+        raise InputError(f"{key}={length}: must be at most {own.longest}, the context of model={model.name}")
+    return task.corpus

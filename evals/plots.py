@@ -14,6 +14,9 @@ from prune.base import GroupPlan, Plan, Scores
 from utils.files import write_atomically
 
 KEPT, GONE, LINE = "#2a6f97", "#d9d9d9", "#c1440e"
+MANY = (
+    "#2a6f97", "#c1440e", "#5c8001", "#8a4fbf", "#b8860b", "#16867d", "#a23b72", "#6c757d", "#d98e73", "#8fb8de",
+)  # fmt: skip
 
 
 def draw_plots(
@@ -29,10 +32,11 @@ def draw_plots(
     drawn: dict[str, Figure | bytes] = {}
     if plan.tokens:
         drawn["tokens.png"] = tokens_per_block(plan)
-    if plan.groups and plan.budget and not (plan.tokens and plan.keeps_all_units):
+    if plan.groups and plan.budget and not ((plan.tokens or plan.blocks) and plan.keeps_all_units):
         drawn["kept_units.png"] = kept_units(plan)
-    for term, groups in scores.terms.items():
-        drawn[f"scores_{term}.png"] = scores_per_layer(plan, groups, term)
+    for term, groups in scores.terms.items() if plan.groups else ():
+        draw = scores_per_block if plan.blocks else scores_per_layer
+        drawn[f"scores_{term}.png"] = draw(plan, groups, term)
     if history:
         drawn["training_curve.png"] = _dense_curve(tuple(tuple(row.items()) for row in history))
     if recovery:
@@ -105,9 +109,24 @@ def tokens_per_block(plan: Plan) -> Figure:
     return figure
 
 
+def scores_per_block(plan: Plan, scores: Mapping[str, "np.ndarray | object"], term: str) -> Figure:
+    """A line for each set of scores, of blocks or of windows by their first block; removed blocks are shaded."""
+    figure, (axes,) = _panels(1)
+    for name, values in scores.items():
+        points = np.asarray(values, dtype=float)
+        axes.plot(np.arange(len(points)), points, marker="o", markersize=4, label=name.replace("_", " "))
+    for position in plan.blocks.removed if plan.blocks else ():
+        axes.axvspan(position - 0.4, position + 0.4, color=GONE, zorder=0)
+    axes.set(xlabel="block, or the first of a window (removed ones shaded)", ylabel=f"{term.replace('_', ' ')}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="best", fontsize=7, frameon=False, ncols=2)
+    figure.suptitle(f"blocks: {plan.ratio_reached:.1%} of the {plan.budget} removed")
+    return figure
+
+
 def scores_per_layer(plan: Plan, scores: Mapping[str, "np.ndarray | object"], term: str) -> Figure:
-    """Every unit's raw score by layer, kept ones and removed ones apart."""
-    kinds = _by_kind(plan)
+    """Every unit's raw score by layer, kept ones and removed ones apart; kinds that were not scored are left out."""
+    kinds = {kind: groups for kind, groups in _by_kind(plan).items() if all(g.name in scores for g in groups)}
     figure, panels = _panels(len(kinds))
     jitter = np.random.default_rng(0)
     for axes, (kind, groups) in zip(panels, kinds.items(), strict=True):
@@ -139,6 +158,27 @@ def _log_scale(axes: Axes, few_decades: bool) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few_decades else (1.0,)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def time_by_kind(sides: Mapping[str, Mapping[str, float]], title: str) -> Figure:
+    """Stacked bars of where one pass spends its time, one bar a model.
+
+    Args:
+        sides: Per model milliseconds by kind of operator.
+        title: Above it.
+    """
+    figure, (axes,) = _panels(1)
+    kinds = list(dict.fromkeys(kind for found in sides.values() for kind in found))
+    bottom = np.zeros(len(sides))
+    for kind, colour in zip(kinds, MANY, strict=False):
+        heights = np.array([found.get(kind, 0.0) for found in sides.values()])
+        axes.bar(list(sides), heights, 0.5, bottom=bottom, color=colour, label=kind)
+        bottom += heights
+    axes.set(ylabel="ms of one pass")
+    axes.set_xlim(-0.5, len(sides) + 0.7)
+    axes.legend(loc="upper right", fontsize=7, frameon=False, reverse=True)
+    figure.suptitle(title)
+    return figure
 
 
 def learning_curve(history: Sequence[Mapping[str, float]], title: str) -> Figure:

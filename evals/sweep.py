@@ -17,13 +17,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from evals.appendix import appendix
+from evals.protocols import SIDES, Columns, column_names, protocol_of
+from evals.trainings import draw_trainings
 from utils.compose import ComposedOnce
 from utils.files import write_atomically
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-TIMED = ("latency", "throughput")
+TIMED = ("latency", "throughput", "prefill", "first_token", "decode", "energy", "co2")
 FIXED = ("job", "status", "error", "method", "ratio_asked", "ratio_reached", "cache_hit", "seconds", "quality")
 
 
@@ -43,7 +46,8 @@ class SweepReport(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Rebuild once more when all jobs are there, and say where it lies."""
         rows = rebuild(Path(config.hydra.sweep.dir))
-        log.info("%d jobs; table and plot: %s", len(rows), Path(config.hydra.sweep.dir) / "report.md")
+        write_page(Path(config.hydra.sweep.dir))
+        log.info("%d jobs; table and plot: %s", len(rows), Path(config.hydra.sweep.dir) / "report.html")
 
 
 def rebuild(sweep: Path) -> list[Row]:
@@ -56,29 +60,61 @@ def rebuild(sweep: Path) -> list[Row]:
         One row a job, in the jobs' order.
     """
     jobs = sorted((p for p in sweep.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-    rows = [_row(job) for job in jobs]
+    found = [_read(job) for job in jobs]
+    columns = column_names(result for result in found if isinstance(result, dict))
+    rows = [_row(job, result, columns) for job, result in zip(jobs, found, strict=True)]
     if not rows:
         return rows
     write_atomically(sweep / "results.csv", _csv(rows).encode())
     drawn = _draw_pareto(rows, sweep / "pareto.png")
-    write_atomically(sweep / "report.md", _markdown(rows, drawn).encode())
+    draw_trainings(sweep, rows, _varied(rows))
+    write_atomically(sweep / "report.md", (_markdown(rows, drawn, _legend(columns)) + appendix(jobs)).encode())
     return rows
 
 
-def _row(job: Path) -> Row:
+def write_page(sweep: Path) -> None:
+    """Write report.html about all jobs of a sweep that left a result; once, when all are there."""
+    from evals.sweep_page import sweep_page
+
+    jobs = sorted((p for p in sweep.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    if jobs:
+        found = {job: _read(job) for job in jobs}
+        overrides = {job.name: _overrides(job) for job in jobs}
+        write_atomically(sweep / "report.html", sweep_page({j.name: f for j, f in found.items()}, overrides).encode())
+
+
+def _read(job: Path) -> dict[str, Any] | str:
+    """A job's result.json, or why there is none."""
+    path = job / "result.json"
+    if not path.is_file():
+        return "it left no result.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        _facts(found, {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"result.json is damaged: {error!r}"
+    return found
+
+
+def _legend(columns: Columns) -> list[str]:
+    """The full protocol of every column that has one."""
+    return [f"`{column}`: {p}." for named in columns.values() for p, column in named.items() if p is not None]
+
+
+def _row(job: Path, found: dict[str, Any] | str, columns: Columns) -> Row:
     """One job's row; a job without a readable result is there too, and says so."""
     row: Row = {"job": int(job.name), "status": "unfinished", "error": "it left no result.json"}
-    path = job / "result.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return row | _overrides(job) | (_facts(found) if found is not None else {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return row | _overrides(job) | {"error": f"result.json is damaged: {error!r}"}
+    return row | _overrides(job) | ({"error": found} if isinstance(found, str) else _facts(found, columns))
 
 
-def _facts(found: dict[str, Any]) -> Row:
+def _facts(found: dict[str, Any], columns: Columns) -> Row:
     """What a row shows of a job's result.json."""
     plan = found["plan"] or {}
+
+    def column(name: str, measured: dict[str, Any]) -> str:
+        return columns.get(name, {}).get(protocol_of(measured), name)
+
+    quality = next(((name, m) for name, m in found["dense"].items() if m["unit"] == "fraction"), None)
     return {
         "status": found["status"],
         "error": found["error"] or "",
@@ -87,8 +123,8 @@ def _facts(found: dict[str, Any]) -> Row:
         "ratio_reached": plan.get("ratio_reached"),
         "cache_hit": found["cache"]["hit"],
         "seconds": found["seconds"]["total"],
-        "quality": next((name for name, m in found["dense"].items() if m["unit"] == "fraction"), ""),
-        **{f"{s}_{name}": measured["value"] for s in ("dense", "pruned") for name, measured in found[s].items()},
+        "quality": column(*quality) if quality else "",
+        **{f"{s}_{column(name, measured)}": measured["value"] for s in SIDES for name, measured in found[s].items()},
     }
 
 
@@ -119,7 +155,7 @@ def _varied(rows: Sequence[Row]) -> list[str]:
     return [key for key in keys if len({row.get(key) for row in rows}) > 1]
 
 
-def _markdown(rows: Sequence[Row], pareto: bool) -> str:
+def _markdown(rows: Sequence[Row], pareto: bool, legend: Sequence[str]) -> str:
     metrics = [c for c in _columns(rows) if c.startswith("pruned_")]
     dense = _common_dense(rows, metrics)
     shown = metrics if dense else [side + m.removeprefix("pruned_") for m in metrics for side in ("dense_", "pruned_")]
@@ -133,13 +169,14 @@ def _markdown(rows: Sequence[Row], pareto: bool) -> str:
         f"{m.removeprefix('pruned_')} {_shown(dense.get(m.replace('pruned_', 'dense_')))}" for m in metrics
     )
     lines += ["", f"Dense: {values}.", ""] if dense else [""]
+    lines += [line for entry in legend for line in (entry, "")]
     return "\n".join([*lines, "![Pareto](pareto.png)", ""] if pareto else lines)
 
 
 def _common_dense(rows: Sequence[Row], metrics: Sequence[str]) -> Row:
     """The dense model's row if all jobs share it by quality and size; jobs of several models have none."""
     ok = [row for row in rows if row["status"] == "ok"]
-    stable = [m.replace("pruned_", "dense_") for m in metrics if m.removeprefix("pruned_") not in TIMED]
+    stable = [m.replace("pruned_", "dense_") for m in metrics if not m.removeprefix("pruned_").startswith(TIMED)]
     same = all(row.get(column) == ok[0].get(column) for row in ok for column in stable)
     return ok[0] if ok and same else {}
 
@@ -184,6 +221,7 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python -m evals.report <sweep folder>; the folder must exist", file=sys.stderr)
         return 2
     rows = rebuild(Path(arguments[0]))
+    write_page(Path(arguments[0]))
     if not rows:
         print(f"{arguments[0]}: has no numbered job folders, so it is no sweep", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
-"""Timing several models against each other: warm-up, then ABBA order.
+"""Timing several models against each other: warm-up until stable, then ABBA order.
 
 One block runs A, B, B, A, so that a linear drift of clocks or of a shared machine's load
-cancels in the ratio of the block.
+cancels in the ratio of the block. What the times say is in `evals/timing_statistics.py`.
 """
 
 import math
@@ -10,11 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from evals.timing_statistics import P99_CALLS, Timings, interval_of, ratios_of, speedup, spread_ms
+
+__all__ = ["P99_CALLS", "Call", "Protocol", "Timings", "speedup", "spread_ms", "time_interleaved"]
+
 Call = Callable[[], object]
-P99_CALLS = 1000
+Slots = tuple[list[float], list[float]]
+STABLE = 0.05
+MOST_WINDOWS = 20
 
 
 @dataclass(frozen=True)
@@ -22,36 +27,33 @@ class Protocol:
     """How long and in which order to time.
 
     Attributes:
-        warmup: Calls before anything counts, the first of them reported by itself.
-        blocks: ABBA blocks.
-        seconds: Time to spend on each model, about.
+        warmup: Calls before anything counts, at least; the first of them is reported by itself, and from four
+            on there are more until two windows agree within 5%.
+        blocks: ABBA blocks at least.
+        seconds: Time to spend on each model at least.
         least_calls: Timed calls per model at least, however slow it is.
         most_calls: Timed calls per model at most, however fast it is.
+        precision: Half width of the ratio's interval, relative, that further blocks must bring; None asks for none.
+        longest: Seconds on each model at most for the sake of `precision`.
     """
 
     warmup: int = 10
     blocks: int = 5
     seconds: float = 1.0
     least_calls: int = 20
-    most_calls: int = 2000
+    most_calls: int = 1_000_000
+    precision: float | None = None
+    longest: float = 20.0
 
 
 @dataclass(frozen=True)
-class Timings:
-    """Times of one model in milliseconds.
-
-    Attributes:
-        first_ms: Its very first call.
-        blocks_ms: Per block the calls of its two slots.
-    """
+class Warm:
+    """How a call warmed up: its first time, its time now, how many calls that took, and whether it settled."""
 
     first_ms: float
-    blocks_ms: list[tuple[list[float], list[float]]]
-
-    @property
-    def all_ms(self) -> list[float]:
-        """All timed calls."""
-        return [t for slots in self.blocks_ms for slot in slots for t in slot]
+    call_ms: float
+    calls: int
+    stable: bool
 
 
 def time_interleaved(calls: Sequence[Call], device: torch.device, protocol: Protocol) -> list[Timings]:
@@ -65,15 +67,52 @@ def time_interleaved(calls: Sequence[Call], device: torch.device, protocol: Prot
     timed = _cuda_ms if device.type == "cuda" else _cpu_ms
     with torch.inference_mode():
         first = [timed(call, 1)[0] for call in calls]
-        warm = [statistics.median(timed(call, max(1, protocol.warmup - 1))) for call in calls]
-        repeats = [_calls_per_slot(protocol, ms) for ms in warm]
-        blocks: list[list[tuple[list[float], list[float]]]] = [[] for _ in calls]
-        for _ in range(protocol.blocks):
-            there = [timed(call, n) for call, n in zip(calls, repeats, strict=True)]
-            back = [timed(call, n) for call, n in reversed([*zip(calls, repeats, strict=True)])]
-            for mine, slots in zip(blocks, zip(there, reversed(back), strict=True), strict=True):
-                mine.append(slots)
-    return [Timings(ms, mine) for ms, mine in zip(first, blocks, strict=True)]
+        warm = [_warm_up(call, ms, timed, protocol) for call, ms in zip(calls, first, strict=True)]
+        repeats = [_calls_per_slot(protocol, w.call_ms) for w in warm]
+        timings = [Timings(w.first_ms, [], w.calls, w.stable) for w in warm]
+        start = time.monotonic()
+        while not _enough(timings, protocol, (time.monotonic() - start) / len(calls)):
+            for timing, slots in zip(timings, _block(calls, repeats, timed), strict=True):
+                timing.blocks_ms.append(slots)
+    return timings
+
+
+def _block(calls: Sequence[Call], repeats: Sequence[int], timed: Callable[[Call, int], list[float]]) -> list[Slots]:
+    """One slot of each call in order, and one of each back again."""
+    pairs = [*zip(calls, repeats, strict=True)]
+    there = [timed(call, n) for call, n in pairs]
+    back = [timed(call, n) for call, n in reversed(pairs)]
+    return [*zip(there, reversed(back), strict=True)]
+
+
+def _enough(timings: Sequence[Timings], protocol: Protocol, spent_s: float) -> bool:
+    if len(timings[0].blocks_ms) < protocol.blocks:
+        return False
+    if protocol.precision is None or len(timings) < 2 or spent_s >= protocol.longest:
+        return True
+    return all(_half_width(timings[0], other) <= protocol.precision for other in timings[1:])
+
+
+def _half_width(dense: Timings, other: Timings) -> float:
+    found = interval_of(ratios_of(dense, other))
+    return math.inf if found is None else (found[1] - found[0]) / 2
+
+
+def _warm_up(call: Call, first_ms: float, timed: Callable[[Call, int], list[float]], protocol: Protocol) -> Warm:
+    """Call until the medians of two windows in a row agree, for `seconds` or twenty windows at most."""
+    window = max(1, protocol.warmup - 1)
+    if protocol.warmup < 4:  # too few to compare
+        return Warm(first_ms, statistics.median(timed(call, window)), 1 + window, True)
+    window = math.ceil(window / 2)
+    medians = [statistics.median(timed(call, window)) for _ in range(2)]
+    deadline = time.monotonic() + protocol.seconds
+    while not _alike(*medians[-2:]) and len(medians) < MOST_WINDOWS and time.monotonic() < deadline:
+        medians.append(statistics.median(timed(call, window)))
+    return Warm(first_ms, medians[-1], 1 + window * len(medians), _alike(*medians[-2:]))
+
+
+def _alike(one: float, other: float) -> bool:
+    return abs(one - other) <= STABLE * max(one, other)
 
 
 def _calls_per_slot(protocol: Protocol, call_ms: float) -> int:
@@ -99,22 +138,3 @@ def _cuda_ms(call: Call, repeats: int) -> list[float]:
         mark.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in zip(marks[:-1], marks[1:], strict=True)]
-
-
-def speedup(dense: Timings, pruned: Timings) -> float:
-    """How many times faster: the median over blocks of `(A1 + A2) / (B1 + B2)` on slot medians."""
-    pairs = zip(dense.blocks_ms, pruned.blocks_ms, strict=True)
-    return statistics.median(sum(map(statistics.median, a)) / sum(map(statistics.median, b)) for a, b in pairs)
-
-
-def spread_ms(times: Sequence[float]) -> dict[str, float | int | None]:
-    """p10, p90, p99, mean, std and n of raw times; p99 is None below 1,000 calls."""
-    p10, p90, p99 = (float(p) for p in np.percentile(times, (10, 90, 99)))
-    return {
-        "p10": p10,
-        "p90": p90,
-        "p99": p99 if len(times) >= P99_CALLS else None,
-        "mean": statistics.fmean(times),
-        "std": statistics.stdev(times) if len(times) > 1 else None,
-        "n": len(times),
-    }

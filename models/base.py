@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +12,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from models.depth import refuse_bad_blocks
+from models.keeping import Keeping
 from models.merging import Reduction
+from utils.code import code_hash
 from utils.errors import InputError
 from utils.hooks import is_hooked
 
@@ -159,16 +162,23 @@ class PrunableModel(ABC):
         recipe: How to build the dense network again.
         dense_counts: Units per group in the dense network.
         origin: Per unit group, which units of the dense network are left, (kept,).
+        dense_depth: Blocks of the dense network.
+        block_origin: Which of them are left.
         training: How to obtain weights on first use; None where there is no recipe for it.
         has_weights: Whether the weights came with the model, from a checkpoint or a hub.
         preprocessing: What turns raw text or images into this model's inputs; None where
             the data comes as tensors.
         notes: What a reader should know of how it was made; shown above the numbers.
-        reduction: How its tokens are merged on their way; None where all of them go through.
+        reduction: How its tokens are merged or dropped on their way; None where all of them go through.
+        sparse: Whether zeros in the linears of its blocks were put there by pruning, and so stay.
+        visited: The device that its blocks come to for their own forward, while they lie in main memory;
+            None where all of it lies in one place.
         code: Modules beside the family's own that its outputs come from.
+        fixed_blocks: Why none of the family's blocks can be removed; None if they can.
     """
 
     code: ClassVar[tuple[ModuleType, ...]] = ()
+    fixed_blocks: ClassVar[str | None] = "its blocks are not known to keep the shape of what flows through them"
 
     def __init__(self, network: nn.Module, recipe: Recipe, training: Any = None) -> None:
         self.network = network.eval()
@@ -177,9 +187,13 @@ class PrunableModel(ABC):
         self.has_weights = False
         self.preprocessing: Any = None
         self.notes: list[str] = []
-        self.reduction: Reduction | None = None
+        self.reduction: Reduction | Keeping | None = None
+        self.visited: torch.device | None = None
+        self.sparse = False
         self.dense_counts = {group.name: group.count for group in self.unit_groups()}
         self.origin = {name: torch.arange(count) for name, count in self.dense_counts.items()}
+        self.dense_depth = len(self.blocks())
+        self.block_origin = tuple(range(self.dense_depth))
 
     @abstractmethod
     def unit_groups(self) -> tuple[UnitGroup, ...]:
@@ -206,22 +220,77 @@ class PrunableModel(ABC):
         """Why its tokens can't be merged, in one line; None if they can."""
         return "it has no tokens that can be merged"
 
-    def reduce_tokens(self, reduction: Reduction) -> None:
-        """Merge tokens from now on, in place; an earlier schedule is replaced.
+    @property
+    def class_token(self) -> bool:
+        """Whether the first token is the one that the answer is read from."""
+        return False
 
-        Names of modules and tensors stay. A family whose tokens can be merged overrides `_merge_tokens`.
+    def special_tokens(self) -> tuple[int, ...]:
+        """Token ids that are never dropped, beside the tokens in front."""
+        return ()
+
+    def why_not_droppable(self) -> str | None:
+        """Why its tokens can't be dropped, in one line; None if they can."""
+        return "it has no tokens that can be dropped"
+
+    def never_dropped(self, example: Batch) -> int:
+        """How many tokens of one sample are never dropped."""
+        return self.protected_tokens
+
+    def reduce_tokens(self, reduction: Reduction | Keeping) -> None:
+        """Merge or drop tokens from now on, in place; an earlier schedule is replaced.
+
+        Names of modules and tensors stay. A family whose tokens can be merged overrides `_merge_tokens`,
+        one whose tokens can be dropped `_drop_tokens`.
 
         Raises:
-            InputError: If tokens of this model can't be merged, or the schedule has not one entry a block.
+            InputError: If tokens of this model can't go that way, or the schedule has not one entry a block.
         """
-        if reason := self.why_not_mergeable():
+        merges = isinstance(reduction, Reduction)
+        if reason := self.why_not_mergeable() if merges else self.why_not_droppable():
             raise InputError(f"model={self.name}: {reason}")
         reduction.refuse_misfit(len(self.blocks()))
-        self._merge_tokens(reduction)
+        if isinstance(reduction, Reduction):
+            self._merge_tokens(reduction)
+        else:
+            self._drop_tokens(reduction)
         self.reduction = reduction
 
     def _merge_tokens(self, reduction: Reduction) -> None:
         raise NotImplementedError(f"{type(self).__name__} says that its tokens can be merged, and does not say how")
+
+    def _drop_tokens(self, keeping: Keeping) -> None:
+        raise NotImplementedError(f"{type(self).__name__} says that its tokens can be dropped, and does not say how")
+
+    def why_blocks_stay(self) -> str | None:
+        """Why no block of it can be removed, in one line; None if they can."""
+        merging = "its tokens are merged on their way by a schedule for its blocks as they are; remove blocks first"
+        return self.fixed_blocks or (merging if self.reduction is not None else None)
+
+    def keep_blocks(self, kept: Sequence[int]) -> None:
+        """Remove blocks, in place; those left, and their units, are named by their new positions.
+
+        A family whose blocks can go overrides `_keep_blocks`.
+
+        Args:
+            kept: Positions of those that stay, ascending.
+
+        Raises:
+            InputError: If blocks of this model can't go.
+            ValueError: If the positions are not such, or all would go.
+        """
+        if reason := self.why_blocks_stay():
+            raise InputError(f"model={self.name}: no block can be removed: {reason}")
+        refuse_bad_blocks(kept, len(self.blocks()))
+        before = [group.name for group in self.unit_groups() if group.layer in kept]
+        self._keep_blocks(kept)
+        names = dict(zip(before, (group.name for group in self.unit_groups()), strict=True))
+        self.origin = {new: self.origin[old] for old, new in names.items()}
+        self.dense_counts = {new: self.dense_counts[old] for old, new in names.items()}
+        self.block_origin = tuple(self.block_origin[position] for position in kept)
+
+    def _keep_blocks(self, kept: Sequence[int]) -> None:
+        raise NotImplementedError(f"{type(self).__name__} says that its blocks can be removed, and does not say how")
 
     def stock_files(self, folder: Path) -> str | None:
         """Write what the family's own library needs beside the weights to load them.
@@ -240,9 +309,14 @@ class PrunableModel(ABC):
         return self.recipe.builder.rpartition(".")[2]
 
     @property
+    def attention(self) -> str | None:
+        """How attention is computed, such as `sdpa` or `eager`; None where the family does not choose."""
+        return None
+
+    @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
-        return next(self.network.parameters()).device
+        """Where the model computes, and inputs go."""
+        return self.visited or next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -265,10 +339,14 @@ class PrunableModel(ABC):
         return moved | inputs
 
     def fingerprint(self) -> str:
-        """Hash of every weight and buffer with its name, of the recipe's builder, and of how tokens merge."""
+        """Hash of every weight and buffer with its name, the builder, how tokens merge, and which blocks are left."""
         digest = hashlib.sha256(self.recipe.builder.encode())
         if self.reduction is not None:
             digest.update(repr(self.reduction).encode())
+        if isinstance(self.reduction, Keeping):
+            digest.update(code_hash(type(self.reduction.rule)).encode())
+        if len(self.block_origin) < self.dense_depth:
+            digest.update(repr(self.block_origin).encode())
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from models.base import Attribute, Batch, Consumer, Emptied, PrunableModel, Recipe, UnitGroup, rows, unit_index
+from models.bert_keeping import drop_in_layer
+from models.bert_packing import run_packed
 from models.checkpoint import MANIFEST, load_weights, stored_recipe
+from models.depth import shorten_transformer
 from models.hf import (
     HEAD_WORDS,
     Head,
@@ -23,6 +26,9 @@ from models.hf import (
     text_preprocessing,
     write_stock,
 )
+from models.keeping import Keeping
+from models.keeping_flow import KeepingFlow
+from models.ragged import Packing, cumulative, packing_of
 from utils.errors import InputError
 from utils.rules import Count, ExistingPath, checked
 from utils.training import Training
@@ -78,6 +84,8 @@ LAYOUTS: Mapping[str, Layout] = {
     ),
     "distilbert": DISTILBERT,
 }  # fmt: skip
+PACKED_TOKENS = "packed_tokens"
+FRONT = 1  # the class token
 NOT_COVERED = {
     "albert": "its layers share one set of weights, so a unit can't go from one layer alone",
     "mpnet": "its layers share one table of relative positions by head",
@@ -113,12 +121,19 @@ class NoHeads(nn.Module):
 
 
 class Bert(PrunableModel):
-    """Heads and feed-forward neurons of a BERT-like encoder as unit groups."""
+    """Heads and feed-forward neurons of a BERT-like encoder as unit groups.
+
+    Attributes:
+        packed: Whether it runs on packed tokens, without padding (`run_packed`).
+    """
+
+    fixed_blocks = None
 
     def __init__(self, network: nn.Module, recipe: Recipe, training: Training | None = None) -> None:
         self._layout = layout_of(network)
         self._layers = f"{network.base_model_prefix}.{self._layout.layers}"
         self._accepted = frozenset(inspect.signature(network.forward).parameters)
+        self.packed = False
         super().__init__(network, recipe, training)
 
     @property
@@ -141,16 +156,92 @@ class Bert(PrunableModel):
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of labels (B, C), a number (B, 1), or of span starts and ends (B, T, 2)."""
-        found = self.network(**{name: tensor for name, tensor in batch.items() if name in self._accepted - {"labels"}})
+        inputs: dict[str, Any] = {n: tensor for n, tensor in batch.items() if n in self._accepted - {"labels"}}
+        if PACKED_TOKENS in batch:
+            inputs["packing"] = _placed_packing(batch)
+        if isinstance(self.reduction, Keeping):
+            self._announce(batch, self.reduction)
+        found = self.network(**inputs)
         if self.recipe.arguments["head"] == "question_answering":
             return torch.stack([found.start_logits, found.end_logits], dim=-1)
         return found.logits
+
+    @property
+    def class_token(self) -> bool:
+        """The answer is read from the first token."""
+        return True
+
+    def special_tokens(self) -> tuple[int, ...]:
+        """Ids of the tokens that begin and end texts, where the tokenizer is known."""
+        if self.preprocessing is None:
+            return ()
+        tokenizer = self.preprocessing.tokenizer
+        named = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+        return tuple(sorted(named - {None}))
+
+    def why_not_droppable(self) -> str | None:
+        """Why its tokens can't be dropped, in one line; None if they can."""
+        if self.recipe.arguments["head"] == "question_answering":
+            return "an answer may start at any token, so none can go"
+        packed = "it runs packed from the embedding on; take model.packed=false with prune.batching=pack"
+        return packed if self.packed else None
+
+    def never_dropped(self, example: Batch) -> int:
+        """The class token, and all others whose ids are special."""
+        ids, special = example["input_ids"], torch.tensor(self.special_tokens())
+        return FRONT + int(torch.isin(ids[0, FRONT:].cpu(), special).sum())
+
+    def _drop_tokens(self, keeping: Keeping) -> None:
+        flow, where = KeepingFlow(keeping, FRONT), self._layout
+        names = [name.removeprefix(f"{where.attention}.") for name in (*where.projections, where.output)]
+        query, key, value, output = names
+        inside = output if where.output.startswith(f"{where.attention}.") else None
+        layers: Any = self.network.get_submodule(self._layers)
+        for i, layer in enumerate(layers):
+            layers[i] = drop_in_layer(layer, i, flow, where.attention, (query, key, value), inside)
+
+    def _announce(self, batch: Batch, keeping: Keeping) -> None:
+        """Tell the layers which tokens there are, and which must stay."""
+        mask = batch.get("attention_mask")
+        special = None
+        if keeping.special:
+            known = torch.tensor(keeping.special, device=batch["input_ids"].device)
+            special = torch.isin(batch["input_ids"], known)
+        first: Any = self.network.get_submodule(self.blocks()[0])
+        first.flow.begin(None if mask is None else mask != 0, special)
+
+    def _keep_blocks(self, kept: Sequence[int]) -> None:
+        shorten_transformer(self.network, self.blocks(), kept)
+
+    def place(self, batch: Batch) -> Batch:
+        """Move a batch to the model's device; a packed model gets the positions of its tokens with it.
+
+        They are found where the batch lies, so that a GPU is not waited for in the forward pass.
+        """
+        placed = super().place(batch)
+        if not self.packed or "attention_mask" not in batch:
+            return placed
+        tokens = packing_of(batch["attention_mask"]).index
+        return placed | {PACKED_TOKENS: tokens.to(self.device, non_blocking=True)}
+
+    def run_packed(self) -> None:
+        """Run on packed tokens from now on, in place: padding costs nothing, the answers stay the same."""
+        if self.packed:
+            return
+        names = (f"{layer}.{self._layout.attention}" for layer in self.blocks())
+        attentions = [m for name in names if not isinstance(m := self.network.get_submodule(name), NoHeads)]
+        prefix, encoder = self.network.base_model_prefix, self._layout.layers.rpartition(".")[0]
+        base = run_packed(self.network.get_submodule(str(prefix)), encoder, attentions)
+        setattr(self.network, str(prefix), base)
+        self.packed = True
 
     def stock_files(self, folder: Path) -> str | None:
         """Transformers can express one feed-forward width for all layers, and every head."""
         if self.preprocessing is not None:
             self.preprocessing.tokenizer.save_pretrained(folder)
         groups = self.unit_groups()
+        if self.reduction is not None and self.reduction.merges:
+            return "transformers cannot express dropped tokens"
         if any(group.count != self.dense_counts[group.name] for group in groups if group.kind == "head"):
             return "transformers ties the width of a head to the number of heads, which must divide the model's width"
         widths = sorted({group.count for group in groups if group.kind == "neuron"})
@@ -198,6 +289,13 @@ class Bert(PrunableModel):
         )
 
 
+def _placed_packing(batch: Batch) -> Packing:
+    """The packing of a placed batch; its sizes are known from shapes alone."""
+    mask = batch["attention_mask"]
+    lengths = (mask != 0).sum(dim=1)
+    return Packing(batch[PACKED_TOKENS], cumulative(lengths), mask.shape[1], mask.shape[1])
+
+
 def layout_of(network: nn.Module) -> Layout:
     """Where a network's units lie, or an InputError that says why they can't be cut."""
     config: Any = network.config
@@ -218,6 +316,7 @@ def bert(
     classes: Count | None = None,
     checkpoint: ExistingPath | None = None,
     new_head: bool = False,
+    packed: bool = False,
     settings: Mapping[str, Any] | None = None,
     training: Training | None = None,
 ) -> Bert:
@@ -229,6 +328,7 @@ def bert(
         classes: Labels of a classifier; 1 is regression. None takes the checkpoint's own.
         checkpoint: A folder in transformers' format or one that `save=true` wrote.
         new_head: Put a fresh head on the loaded encoder and train on first use.
+        packed: Run without padding; the answers are the same to rounding.
         settings: A configuration in transformers' terms, `model_type` included, to build
             at random weights.
         training: How to train where the weights are not complete.
@@ -236,6 +336,16 @@ def bert(
     Raises:
         InputError: If the family is not covered, or weights are missing or don't fit.
     """
+    model = _bert(name, head, classes, checkpoint, new_head, settings, training)
+    if packed:
+        model.run_packed()
+    return model
+
+
+def _bert(
+    name: str | None, head: Head, classes: int | None, checkpoint: str | None, new_head: bool,
+    settings: Mapping[str, Any] | None, training: Training | None,
+) -> Bert:  # fmt: skip
     if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file():
         asked = Recipe("models.bert.bert", {"name": name, "head": head, "classes": classes, "settings": {}})
         return _saved(checkpoint, stored_recipe(checkpoint, asked), asked, training if new_head else None)

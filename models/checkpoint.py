@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.base import PrunableModel, Recipe
+from models.depth import refuse_bad_blocks
+from models.keeping import Keeping
 from models.merging import Reduction
 from models.slicing import keep_units
 from utils.errors import InputError
@@ -32,8 +34,9 @@ def save_model(model: PrunableModel, folder: Path) -> Path:
     """Write weights and manifest to `folder`, completely or not at all.
 
     The manifest holds the builder, its arguments, per unit group which units of the dense
-    network are left, under `tokens` how they are merged (null: not at all), and under `not_stock`
-    why the family's own library can't load the folder; null means that it can.
+    network are left, under `blocks` which of its blocks (null: all), under `tokens` how they are
+    merged (null: not at all), under `sparse` whether zeros are there by pruning, and under
+    `not_stock` why the family's own library can't load the folder; null means that it can.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -83,12 +86,24 @@ def load_network(folder: str | Path) -> nn.Module:
         InputError: If the folder is damaged, or was saved by a builder outside this package,
             which is not called on a file's word.
     """
+    return load_model(folder).network
+
+
+def load_model(folder: str | Path) -> PrunableModel:
+    """The same with its unit groups, as a model that can be measured and pruned further.
+
+    Args:
+        folder: What `save=true` wrote.
+
+    Raises:
+        InputError: As `load_network`.
+    """
     manifest = _read_manifest(Path(folder))
     module, _, function = str(manifest["builder"]).rpartition(".")
     if not module.startswith("models."):
         raise InputError(f"{folder}: was saved by {manifest['builder']}; call that builder with checkpoint={folder}")
     build = getattr(importlib.import_module(module), function)
-    return build(**manifest["arguments"], checkpoint=str(folder)).network
+    return build(**manifest["arguments"], checkpoint=str(folder))
 
 
 def tensors_of(model: PrunableModel) -> dict[str, Tensor]:
@@ -150,9 +165,11 @@ def load_weights(model: M, checkpoint: str, skip: Sequence[str] = (), foreign: S
     path = Path(checkpoint)
     if (path / MANIFEST).is_file():
         manifest = _read_manifest(path)
+        _keep_blocks(manifest, model, checkpoint)
         origin = _origin(manifest, model, checkpoint)
         keep_units(model.network, model.unit_groups(), origin)
         model.origin.update(origin)
+        model.sparse = manifest["sparse"]
         _merge_tokens(manifest, model, checkpoint)
         path = path / WEIGHTS
     elif path.is_dir():
@@ -175,8 +192,10 @@ def _manifest(model: PrunableModel) -> dict[str, Any]:
         "builder": model.recipe.builder,
         "arguments": dict(model.recipe.arguments),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "blocks": list(model.block_origin) if len(model.block_origin) < model.dense_depth else None,
         "units": {name: units.tolist() for name, units in model.origin.items()},
         "tokens": model.reduction.to_json() if model.reduction else None,
+        "sparse": model.sparse,
     }
 
 
@@ -187,7 +206,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = {key: manifest[key] for key in ("format", "builder", "arguments", "units")}
-        found["tokens"] = manifest.get("tokens")  # a folder from before tokens could be merged has none
+        # a folder from before tokens could be merged, or blocks removed, has none
+        found |= {key: manifest.get(key) for key in ("tokens", "blocks")}
+        found["sparse"] = manifest.get("sparse", False) is True
         found["not_stock"] = manifest.get("not_stock", "it was saved before stock folders were written")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"model.checkpoint={folder}: {MANIFEST} is damaged ({error!r})") from error
@@ -210,13 +231,29 @@ def _origin(manifest: Mapping[str, Any], model: PrunableModel, checkpoint: str) 
     return {name: torch.tensor(kept, dtype=torch.int64) for name, kept in units.items()}
 
 
+def _keep_blocks(manifest: Mapping[str, Any], model: PrunableModel, checkpoint: str) -> None:
+    if manifest["blocks"] is None:
+        return
+    try:
+        refuse_bad_blocks(manifest["blocks"], len(model.blocks()))
+        model.keep_blocks(manifest["blocks"])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"model.checkpoint={checkpoint}: blocks of {MANIFEST} are damaged: {error}") from error
+
+
 def _merge_tokens(manifest: Mapping[str, Any], model: PrunableModel, checkpoint: str) -> None:
     if manifest["tokens"] is None:
         return
     try:
-        model.reduce_tokens(Reduction.from_json(manifest["tokens"]))
+        model.reduce_tokens(reduction_of(manifest["tokens"]))
     except InputError as error:
         raise InputError(f"model.checkpoint={checkpoint}: tokens of {MANIFEST} are damaged: {error}") from error
+
+
+def reduction_of(found: Any) -> Reduction | Keeping:
+    """Tokens merged or dropped, from plain values."""
+    dropped = isinstance(found, Mapping) and "rule" in found
+    return Keeping.from_json(found) if dropped else Reduction.from_json(found)
 
 
 def _read_tensors(path: Path, checkpoint: str) -> dict[str, Tensor]:

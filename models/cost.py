@@ -5,17 +5,17 @@ its kept dimensions, so a cost is a sum of products, not a sum of constants a un
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
-from torch import nn
-
 from models.base import Batch, PrunableModel, UnitGroup
+from models.latency_table import LatencyTable
 from models.positions import positions_per_call
 from models.token_cost import TokenCosts, token_costs_of, why_no_token_costs
+from utils.errors import InputError
 
-Quantity = Literal["macs", "params"]
+Quantity = Literal["macs", "params", "latency"]
 Kept = Mapping[str, int]
 
 
@@ -33,11 +33,19 @@ class Length:
 
 @dataclass(frozen=True)
 class Term:
-    """`coefficient * product of lengths`, once in MACs and once in parameters."""
+    """`coefficient * product of lengths`, once in MACs and once in parameters.
+
+    Attributes:
+        macs: Coefficient for MACs.
+        params: Coefficient for parameters.
+        lengths: The factors.
+        layer: Position of the block that it goes with; None outside the blocks.
+    """
 
     macs: int
     params: int
     lengths: tuple[Length, ...]
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,13 @@ class CostModel:
         kinds: What a unit of each group is.
         tokens: The same MACs as a function of the tokens in each block; None where they can't be merged.
         why_no_tokens: Why they can't, in one line.
+        dropping: The same for tokens that are dropped; None where they can't be.
+        why_no_dropping: Why they can't, in one line.
+        dense: Costs that ratios refer to, where that is not the model as it is: those of the model before
+            earlier rounds of pruning.
+        blocks: Number of blocks.
+        why_blocks_stay: Why none of them can be removed, in one line; None if they can.
+        latency: What was measured of the time that units take; None where nothing was.
     """
 
     terms: tuple[Term, ...]
@@ -59,10 +74,33 @@ class CostModel:
     kinds: dict[str, str] = field(default_factory=dict)
     tokens: TokenCosts | None = None
     why_no_tokens: str | None = None
+    blocks: int = 0
+    why_blocks_stay: str | None = None
+    dropping: TokenCosts | None = None
+    why_no_dropping: str | None = None
+    dense: "CostModel | None" = None
 
-    def total(self, quantity: Quantity, kept: Kept | None = None) -> int:
-        """MACs per sample or number of parameters with `kept` units per group (default all)."""
-        return _sum(self.terms, quantity, self.counts if kept is None else kept)
+    @property
+    def reference(self) -> "CostModel":
+        """What ratios refer to."""
+        return self.dense or self
+
+    latency: LatencyTable | None = None
+
+    def total(self, quantity: Quantity, kept: Kept | None = None, blocks: Sequence[int] | None = None) -> int:
+        """MACs per sample or number of parameters with `kept` units per group and these `blocks` (default all).
+
+        `latency` is in nanoseconds of one pass, for all blocks.
+        """
+        if quantity == "latency":
+            return self._latency(self.counts if kept is None else kept)
+        terms = self.terms if blocks is None else [t for t in self.terms if t.layer is None or t.layer in blocks]
+        return _sum(terms, quantity, self.counts if kept is None else kept)
+
+    def _latency(self, kept: Kept) -> int:
+        if self.latency is None:
+            raise InputError("prune.budget=latency: no latencies were measured for this model")
+        return self.latency.at(kept)
 
     def touching(self, group: str) -> "CostModel":
         """The part of the cost that depends on one group."""
@@ -90,16 +128,25 @@ def cost_model(model: PrunableModel, example: Batch) -> CostModel:
     """
     calls = positions_per_call(model, example)
     groups = model.unit_groups()
-    terms = _weight_terms(model.network, groups, calls)
+    terms = _weight_terms(model, groups, calls)
     terms += [_attention_term(g, calls) for g in groups if g.pairwise_features and g.count]
     counts = {group.name: group.count for group in groups}
     widths, kinds = ({g.name: getattr(g, what) for g in groups} for what in ("width", "kind"))
     why_no_tokens = why_no_token_costs(model)
     tokens = None if why_no_tokens else token_costs_of(model, calls)
-    return CostModel(tuple(terms), counts, widths, kinds, tokens, why_no_tokens)
+    blocks = len(model.blocks())
+    why_no_dropping = why_no_token_costs(model, dropped=True)
+    dropping = None
+    if not why_no_dropping:
+        of_example = {"protected": model.never_dropped(example), "ragged": "attention_mask" in example}
+        dropping = replace(token_costs_of(model, calls), **of_example)
+    return CostModel(
+        tuple(terms), counts, widths, kinds, tokens, why_no_tokens, blocks, model.why_blocks_stay(),
+        dropping, why_no_dropping,
+    )  # fmt: skip
 
 
-def _weight_terms(network: nn.Module, groups: Sequence[UnitGroup], calls: Mapping[str, list[int]]) -> list[Term]:
+def _weight_terms(model: PrunableModel, groups: Sequence[UnitGroup], calls: Mapping[str, list[int]]) -> list[Term]:
     sliced: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for group in groups:
         for part in group.slices:
@@ -107,13 +154,14 @@ def _weight_terms(network: nn.Module, groups: Sequence[UnitGroup], calls: Mappin
             sliced.setdefault((part.tensor, part.dim), []).append(entry)
     counts = {group.name: group.count for group in groups}
 
-    terms, counted = [], set()
-    for name, tensor in network.named_parameters(remove_duplicate=False):
+    terms, counted, blocks = [], set(), model.blocks()
+    for name, tensor in model.network.named_parameters(remove_duplicate=False):
         lengths = [_length(size, sliced.get((name, dim), []), counts) for dim, size in enumerate(tensor.shape)]
         module, _, leaf = name.rpartition(".")
         runs = sum(calls.get(module, [])) if leaf == "weight" else 0
         # a tied weight is multiplied wherever it is used, but held once
-        terms.append(Term(macs=runs, params=int(id(tensor) not in counted), lengths=tuple(lengths)))
+        layer = next((i for i, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        terms.append(Term(macs=runs, params=int(id(tensor) not in counted), lengths=tuple(lengths), layer=layer))
         counted.add(id(tensor))
     return terms
 
@@ -126,4 +174,5 @@ def _length(size: int, per_unit: Sequence[tuple[str, int]], counts: Kept) -> Len
 def _attention_term(group: UnitGroup, calls: Mapping[str, list[int]]) -> Term:
     queries = calls.get(group.consumer.module, [])
     pairs = sum(count * (group.keys_per_query or count) for count in queries)
-    return Term(macs=group.pairwise_features * pairs, params=0, lengths=(Length(0, ((group.name, 1),)),))
+    lengths = (Length(0, ((group.name, 1),)),)
+    return Term(macs=group.pairwise_features * pairs, params=0, lengths=lengths, layer=group.layer)

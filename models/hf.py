@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from models.base import PrunableModel
 from models.preprocessing import TextPreprocessing
+from models.shards import refuse_missing_shards
 from utils.errors import InputError
 from utils.hub import from_cache_or_hub
 
@@ -47,6 +48,7 @@ def _fetched(load: Any, source: str, local: bool) -> Any:
         raise InputError(
             f"model.checkpoint={source}: must be a folder in transformers' format, or one that save=true wrote"
         )
+    refuse_missing_shards(Path(source))
     try:
         return load(True)
     except Exception as error:  # what a damaged folder raises depends on where the damage is

@@ -1,16 +1,18 @@
 """Llama and its kin from transformers: causal language models with gated MLPs and shared key and value heads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from transformers import Cache, DynamicCache, StaticCache
 
 from models.base import Attribute, Batch, Consumer, Emptied, PrunableModel, Recipe, UnitGroup, rows, unit_index
 from models.byte_tokenizer import byte_tokenizer
 from models.checkpoint import MANIFEST, load_weights, stored_recipe
+from models.depth import shorten_transformer
 from models.hf import (
     build_causal,
     causal_network,
@@ -53,15 +55,22 @@ class NoHeads(nn.Module):
         for name, child in attention.named_children():
             self.add_module(name, child)
         self.head_dim, self.num_key_value_groups = attention.head_dim, attention.num_key_value_groups
+        self.layer_idx = attention.layer_idx
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
         """Map (B, T, D) to (B, T, D)."""
         nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
+        if past_key_values is not None:
+            # caches count tokens by what a layer put there, and masks are made from the count of the first
+            mark = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)  # (B, 1, T, 1)
+            past_key_values.update(mark, mark, self.layer_idx)
         return self.get_submodule("o_proj")(nothing), None
 
 
 class Llama(PrunableModel):
     """KV groups (a key and value head with its query heads) and MLP neurons as unit groups."""
+
+    fixed_blocks = None
 
     def __init__(self, network: nn.Module, recipe: Recipe, training: Training | None = None) -> None:
         refuse_uncovered(network)
@@ -73,6 +82,11 @@ class Llama(PrunableModel):
     def name(self) -> str:
         """The name of the hub or of the folder it came from, without what leads there."""
         return str(self.recipe.arguments["name"] or self.recipe.arguments["settings"]["model_type"]).split("/")[-1]
+
+    @property
+    def attention(self) -> str:
+        """Transformers' name of what it computes attention by."""
+        return str(self.network.config._attn_implementation)  # type: ignore[union-attr]
 
     def unit_groups(self) -> tuple[UnitGroup, ...]:
         """One group of KV groups and one of neurons a layer."""
@@ -92,12 +106,33 @@ class Llama(PrunableModel):
         tokens = batch["input_ids"]
         # a row of positions for each sample: what is made of them can then be stacked like all else in a batch
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        mask = batch.get("attention_mask")
-        return self.network(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        # on the meta device there are no values: no padding to look for, and with a cache nothing else is looked for
+        empty = tokens.is_meta
+        mask = None if empty else batch.get("attention_mask")
+        return self.network(tokens, attention_mask=mask, position_ids=positions, use_cache=empty).logits
+
+    @property
+    def context(self) -> int:
+        """Most tokens that it can read."""
+        most = int(self.network.config.max_position_embeddings)  # type: ignore[union-attr,arg-type]
+        return most if self.preprocessing is None else min(most, self.preprocessing.longest)
+
+    def new_cache(self, longest: int | None = None) -> Cache:
+        """An empty cache: one that grows, or one of a fixed length in place."""
+        config: Any = self.network.config
+        return DynamicCache(config=config) if longest is None else StaticCache(config=config, max_cache_len=longest)
+
+    def next_logits(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Read tokens (B, T) at positions (B, T) into the cache; logits of the token after the last, (B, V)."""
+        found = self.network(tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return found.logits[:, -1]
 
     def why_not_mergeable(self) -> str:
         """Every token is answered to."""
         return "a causal language model answers at every token, so none can be merged into another"
+
+    def _keep_blocks(self, kept: Sequence[int]) -> None:
+        shorten_transformer(self.network, self.blocks(), kept)
 
     def stock_files(self, folder: Path) -> str | None:
         """Transformers can express one number of heads and one of neurons for all layers."""

@@ -7,7 +7,7 @@ Shapes: B samples, T tokens, D width, P protected tokens in front (CLS, distilla
 E and O matched tokens at even and odd positions, r tokens merged away.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,6 +47,11 @@ class Reduction:
                 f"merged={list(self.merged)}: before the attention the first block must merge 0 tokens, "
                 "it has no keys to match by"
             )
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the network."""
+        return len(self.merged)
 
     @property
     def merges(self) -> bool:
@@ -208,6 +213,15 @@ class Flow:
         if self._layer == len(self.reduction.merged) - 1 and not self.averaged:
             self.size = None  # nothing of a pass outlives it
         return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        """End a block."""
+        return x
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dense: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """Mix values (B, H, T, dh) by the network's own attention, each token counted by its size."""
+        self.note_keys(k)
+        return dense(self.bias(q))
 
     def bias(self, x: Tensor) -> Tensor | None:
         """What proportional attention adds to the logits of each key, (B, 1, 1, T); None for nothing."""

@@ -21,6 +21,7 @@ class ResNet(PrunableModel):
     """Channels between the convolutions of a residual block; the stream that blocks add to stays whole."""
 
     network: TimmResNet
+    fixed_blocks = "the first block of every stage changes width and resolution, so that a residual network needs it"
 
     def __init__(self, network: nn.Module, recipe: Recipe, training: Training | None = None) -> None:
         refuse_uncovered(network, recipe.arguments["name"])

@@ -109,10 +109,11 @@ def head_names(network: nn.Module) -> tuple[str, ...]:
 
 
 def preprocessing_of(network: nn.Module) -> ImagePreprocessing:
-    """The transforms that timm states for a network."""
+    """The transforms that timm states for a network, at the size that it was built for."""
     found = resolve_model_data_config(network)
+    size = getattr(getattr(network, "patch_embed", None), "img_size", None) or found["input_size"][1:]
     return ImagePreprocessing(
-        input_size=tuple(found["input_size"]),
+        input_size=(found["input_size"][0], *size),
         mean=tuple(found["mean"]),
         std=tuple(found["std"]),
         interpolation=found["interpolation"],

@@ -7,7 +7,11 @@ weights of the half's linears and p the features of its token-by-token products.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from models.base import Batch, PrunableModel, UnitGroup
+from models.keeping import Keeping
 from models.merging import Reduction, counts
 from models.positions import positions_per_call
 
@@ -21,12 +25,14 @@ class BlockCosts:
         pairs: MACs per pair of tokens.
         mlp: MACs per token of the other linears.
         match: Features by which tokens are matched: those of one key, or the tokens' own where no head is left.
+        width: Features of a token.
     """
 
     attention: int
     pairs: int
     mlp: int
     match: int
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,28 +43,60 @@ class TokenCosts:
         fixed: What does not depend on the tokens in the blocks: embedding and head.
         blocks: One entry a block.
         tokens: Tokens that enter the first block.
-        protected: Of these, the ones in front that are never merged.
+        protected: Of these, the ones that are never merged or dropped.
+        class_token: Whether the first token is the one that the answer is read from.
+        ragged: Whether samples differ in length, so that these are the costs of one of many.
     """
 
     fixed: int
     blocks: tuple[BlockCosts, ...]
     tokens: int
     protected: int
+    class_token: bool = False
+    ragged: bool = False
 
     def total(self, attention: Sequence[int], mlp: Sequence[int]) -> int:
         """MACs with these token counts per block; matching is apart, see `matching`."""
         rows = zip(self.blocks, attention, mlp, strict=True)
         return self.fixed + sum(b.attention * n + b.pairs * n * n + b.mlp * m for b, n, m in rows)
 
-    def counts(self, reduction: Reduction) -> list[tuple[int, int]]:
+    def totals(self, counts: Tensor) -> Tensor:
+        """The same for many samples at once: token counts (B, L, 2) -> MACs (B,), int64."""
+        rows = torch.tensor([[b.attention, b.pairs, b.mlp] for b in self.blocks], device=counts.device)  # (L, 3)
+        n, m = counts.long().unbind(-1)  # (B, L)
+        return self.fixed + (rows[:, 0] * n + rows[:, 1] * n * n + rows[:, 2] * m).sum(1)
+
+    def counts(self, reduction: Reduction | Keeping) -> list[tuple[int, int]]:
         """Tokens that enter the attention and the MLP of each block under a schedule."""
         reduction.refuse_misfit(len(self.blocks))
+        if isinstance(reduction, Keeping):
+            return reduction.counts(self.tokens, self.protected)
         return counts(reduction, self.tokens, self.protected)
 
-    def of(self, reduction: Reduction) -> int:
-        """MACs under a schedule, without matching."""
+    def of(self, reduction: Reduction | Keeping) -> int:
+        """MACs under a schedule, without matching or scoring."""
         attention, mlp = zip(*self.counts(reduction), strict=True)
         return self.total(attention, mlp)
+
+    def scoring(self, keeping: Keeping, counts: Sequence[tuple[int, int]], fused: Mapping[int, int]) -> int:
+        """MACs of what a rule must see beyond the forward pass.
+
+        One row of the attention; all rows where samples are packed, whose kernel shows none; and fused tokens.
+
+        Args:
+            keeping: The rule and where it acts.
+            counts: Tokens that enter the attention and the MLP of each block.
+            fused: Tokens of which each block made a fused one, by its position.
+        """
+        found, packed = sum(self.blocks[layer].width * tokens for layer, tokens in fused.items()), False
+        for step, layer in enumerate(keeping.layers):
+            if keeping.rule.idle(step):
+                continue
+            block, (n, _) = self.blocks[layer], counts[layer]
+            found += block.pairs // 2 * n * ("attention" in keeping.rule.needs)
+            found += block.pairs // 2 * n * n * (packed and "received" in keeping.rule.needs)
+            packed = keeping.batching == "pack"
+        return found
 
     def matching(self, reduction: Reduction) -> int:
         """MACs of comparing even with odd tokens, in the blocks that merge any."""
@@ -72,10 +110,10 @@ class TokenCosts:
         )
 
 
-def why_no_token_costs(model: PrunableModel) -> str | None:
-    """Why a model has no such costs, in one line; None if it has."""
+def why_no_token_costs(model: PrunableModel, dropped: bool = False) -> str | None:
+    """Why a model whose tokens are merged, or dropped, has no such costs, in one line; None if it has."""
     layers = [group.layer for group in model.unit_groups() if group.pairwise_features]
-    if reason := model.why_not_mergeable():
+    if reason := model.why_not_droppable() if dropped else model.why_not_mergeable():
         return reason
     return None if layers == list(range(len(model.blocks()))) else "not every block has one attention"
 
@@ -101,7 +139,8 @@ def token_costs_of(model: PrunableModel, calls: Mapping[str, Sequence[int]]) -> 
     blocks = tuple(_block_costs(model, block, group, sizes) for block, group in zip(model.blocks(), heads, strict=True))
     inside = tuple(f"{block}." for block in model.blocks())
     fixed = sum(sum(calls[name]) * size for name, size in sizes.items() if not name.startswith(inside))
-    return TokenCosts(fixed, blocks, calls[heads[0].consumer.module][0], model.protected_tokens)
+    tokens = calls[heads[0].consumer.module][0]
+    return TokenCosts(fixed, blocks, tokens, model.protected_tokens, model.class_token)
 
 
 def _heads_of(model: PrunableModel, layer: int) -> UnitGroup:
@@ -119,4 +158,5 @@ def _block_costs(model: PrunableModel, block: str, heads: UnitGroup, sizes: Mapp
         pairs=heads.pairwise_features * heads.count,
         mlp=sum(inside.values()) - attention,
         match=heads.width if heads.count else width,
+        width=width,
     )

@@ -3,15 +3,20 @@
 Shapes: B samples, T tokens (CLS included), D width, H heads, dh head width, C classes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+import models.keeping_flow
 import models.merging
 from models.base import Attribute, Batch, Consumer, PrunableModel, Recipe, UnitGroup, rows, unit_index
 from models.checkpoint import load_weights, stored_recipe
+from models.depth import keep_listed
+from models.keeping import Keeping
+from models.keeping_flow import KeepingFlow
 from models.merging import Flow, Reduction
 from models.recast import recast
 from utils.errors import InputError
@@ -56,20 +61,23 @@ class Attention(nn.Module):
         return q, k, v
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        mixed = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        mixed = self._attended(q, k, v, bias)
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B, H, T, dh) -> (B, T, H*dh)
 
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
 
-class MergingAttention(Attention):
-    """The same attention; it notes its keys and counts every token by its size."""
 
-    flow: Flow
+class ReducingAttention(Attention):
+    """The same attention among tokens of which some are merged or gone; the flow mixes them."""
+
+    flow: Flow | KeepingFlow
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         q, k, v = self._projected(x)
-        self.flow.note_keys(k)
-        return self._mixed(q, k, v, self.flow.bias(x))
+        mixed = self.flow.attend(q, k, v, self.scale, lambda bias: self._attended(q, k, v, bias))
+        return self.out(mixed.transpose(1, 2).flatten(2))  # (B, H, T, dh) -> (B, T, H*dh)
 
 
 class Block(nn.Module):
@@ -88,10 +96,10 @@ class Block(nn.Module):
         return x + self.dropout(self.fc2(gelu(self.fc1(self.norm2(x)))))
 
 
-class MergingBlock(Block):
-    """The same layer, with a merge before one of its halves."""
+class ReducingBlock(Block):
+    """The same layer, with fewer tokens from one of its halves on."""
 
-    flow: Flow
+    flow: Flow | KeepingFlow
     layer: int
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +107,7 @@ class MergingBlock(Block):
         x = self.flow.enter(x, self.layer)
         x = x + self.dropout(self.attention(self.norm1(x)))
         x = self.flow.leave_attention(x)
-        return x + self.dropout(self.fc2(gelu(self.fc1(self.norm2(x)))))
+        return self.flow.leave(x + self.dropout(self.fc2(gelu(self.fc1(self.norm2(x))))))
 
 
 class Encoder(nn.Module):
@@ -128,7 +136,8 @@ class ToyEncoder(PrunableModel):
     """Heads and MLP neurons of the toy encoder as unit groups."""
 
     network: Encoder
-    code = (models.merging,)
+    code = (models.merging, models.keeping_flow)
+    fixed_blocks = None
 
     def unit_groups(self) -> tuple[UnitGroup, ...]:
         """One group of heads and one of neurons a block."""
@@ -152,14 +161,30 @@ class ToyEncoder(PrunableModel):
         """The CLS token."""
         return 1
 
+    @property
+    def class_token(self) -> bool:
+        """The answer is read from the CLS token."""
+        return True
+
     def why_not_mergeable(self) -> None:
         """It reads its answer from the CLS token alone."""
 
+    def why_not_droppable(self) -> None:
+        """It reads its answer from the CLS token alone."""
+
     def _merge_tokens(self, reduction: Reduction) -> None:
-        flow = Flow(reduction, self.protected_tokens)
+        self._reduce(Flow(reduction, self.protected_tokens))
+
+    def _drop_tokens(self, keeping: Keeping) -> None:
+        self._reduce(KeepingFlow(keeping, self.protected_tokens))
+
+    def _reduce(self, flow: Flow | KeepingFlow) -> None:
         for layer, block in enumerate(self.network.blocks):
-            self.network.blocks[layer] = merging = recast(block, MergingBlock, flow=flow, layer=layer)
-            merging.attention = recast(block.attention, MergingAttention, flow=flow)  # type: ignore[arg-type]
+            self.network.blocks[layer] = reducing = recast(block, ReducingBlock, flow=flow, layer=layer)
+            reducing.attention = recast(block.attention, ReducingAttention, flow=flow)  # type: ignore[arg-type]
+
+    def _keep_blocks(self, kept: Sequence[int]) -> None:
+        keep_listed(self.network, self.blocks(), kept)
 
     def _heads(self, layer: int) -> UnitGroup:
         name = f"blocks.{layer}.attention"

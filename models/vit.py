@@ -1,6 +1,6 @@
 """Vision transformers from timm: DeiT, ViT and their kin with one qkv projection a block."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,15 @@ from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+import models.keeping_flow
 import models.merging
 import models.vit_merging
 from models.base import Attribute, Batch, Consumer, PrunableModel, Recipe, UnitGroup, rows, unit_index
+from models.depth import keep_listed
+from models.keeping import Keeping
 from models.merging import Reduction
 from models.timm_models import assembled, write_stock
-from models.vit_merging import merging, why_not_mergeable
+from models.vit_merging import dropping, merging, why_not_mergeable
 from utils.errors import InputError
 from utils.rules import Count, ExistingPath, checked
 from utils.training import Training
@@ -24,7 +27,8 @@ class ViT(PrunableModel):
     """Heads of the fused qkv and MLP neurons as unit groups."""
 
     network: VisionTransformer
-    code = (models.merging, models.vit_merging)
+    code = (models.merging, models.vit_merging, models.keeping_flow)
+    fixed_blocks = None
 
     def __init__(self, network: nn.Module, recipe: Recipe, training: Training | None = None) -> None:
         refuse_uncovered(network, recipe.arguments["name"])
@@ -62,26 +66,42 @@ class ViT(PrunableModel):
         """Pooling must count a merged token by its size."""
         return why_not_mergeable(self.network)
 
+    def why_not_droppable(self) -> str | None:
+        """Pooling must leave out tokens that are gone."""
+        return why_not_mergeable(self.network)
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the first token is a class token."""
+        return self.network.has_class_token
+
+    def _drop_tokens(self, keeping: Keeping) -> None:
+        self.network = dropping(self.network, keeping)
+
     def _merge_tokens(self, reduction: Reduction) -> None:
         self.network = merging(self.network, reduction)
 
+    def _keep_blocks(self, kept: Sequence[int]) -> None:
+        keep_listed(self.network, self.blocks(), kept)
+
     def stock_files(self, folder: Path) -> str | None:
-        """Timm can express one MLP width for all blocks, and every head of the architecture."""
+        """Timm can express any depth, one MLP width for all blocks, and every head of the architecture."""
         if self.reduction is not None and self.reduction.merges:
-            return "timm cannot express merged tokens"
+            return f"timm cannot express {'dropped' if isinstance(self.reduction, Keeping) else 'merged'} tokens"
         if any(group.count != self.dense_counts[group.name] for group in self.unit_groups() if group.kind == "head"):
             return "timm has no argument for fewer heads of the same width"
         neurons = {group.name: group.count for group in self.unit_groups() if group.kind == "neuron"}
         widths = sorted(set(neurons.values()))
+        depth = {"depth": len(self.blocks())} if len(self.blocks()) < self.dense_depth else {}
         if all(count == self.dense_counts[name] for name, count in neurons.items()):
-            write_stock(self, folder, {})
+            write_stock(self, folder, depth)
             return None
         if len(widths) > 1 or 0 in widths:
             return f"timm has one MLP width for all blocks, here they are {', '.join(map(str, widths))}"
         if not isinstance(self.network.blocks[0].mlp, Mlp):  # type: ignore[union-attr]
             return "timm's mlp_ratio does not state the width of a gated MLP"
         # half a neuron more, so that timm's int() of the product never falls one short
-        write_stock(self, folder, {"mlp_ratio": (widths[0] + 0.5) / self.network.embed_dim})
+        write_stock(self, folder, {"mlp_ratio": (widths[0] + 0.5) / self.network.embed_dim, **depth})
         return None
 
     def _heads(self, layer: int) -> UnitGroup:

@@ -1,4 +1,4 @@
-"""Timm's vision transformers with tokens merged on their way: the same weights under other forwards.
+"""Timm's vision transformers with tokens merged or dropped on their way: the same weights under other forwards.
 
 Shapes: B samples, T tokens, D width, H heads, dh head width.
 """
@@ -8,14 +8,16 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from models.keeping import Keeping
+from models.keeping_flow import KeepingFlow
 from models.merging import Flow, Reduction
 from models.recast import recast
 
 
-class MergingAttention(Attention):
-    """Timm's attention that notes its keys and counts every token by its size."""
+class ReducingAttention(Attention):
+    """Timm's attention among tokens of which some are merged or gone; the flow mixes them."""
 
-    flow: Flow
+    flow: Flow | KeepingFlow
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Map (B, T, D) to (B, T, D)."""
@@ -23,8 +25,7 @@ class MergingAttention(Attention):
         parts = self.qkv(x).unflatten(-1, shape)  # (B, T, 3*H*dh) -> (B, T, 3, H, dh)
         q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, dh)
         q, k = self.q_norm(q), self.k_norm(k)
-        self.flow.note_keys(k)
-        mixed = self._mixed(q, k, v, self.flow.bias(x))
+        mixed = self.flow.attend(q, k, v, self.scale, lambda bias: self._mixed(q, k, v, bias))
         mixed = self.norm(mixed.transpose(1, 2).flatten(2))  # (B, H, T, dh) -> (B, T, H*dh)
         if self.gate is not None:
             mixed = mixed * self.gate(x).sigmoid()
@@ -39,10 +40,10 @@ class MergingAttention(Attention):
         return self.attn_drop(scores.softmax(dim=-1)) @ v
 
 
-class MergingBlock(Block):
-    """Timm's pre-norm block, with a merge before one of its halves."""
+class ReducingBlock(Block):
+    """Timm's pre-norm block, with fewer tokens from one of its halves on."""
 
-    flow: Flow
+    flow: Flow | KeepingFlow
     layer: int
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -50,13 +51,13 @@ class MergingBlock(Block):
         x = self.flow.enter(x, self.layer)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         x = self.flow.leave_attention(x)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self.flow.leave(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
 
-class MergingResPostBlock(ResPostBlock):
-    """Timm's block that normalises what is added, with a merge before one of its halves."""
+class ReducingResPostBlock(ResPostBlock):
+    """Timm's block that normalises what is added, with fewer tokens from one of its halves on."""
 
-    flow: Flow
+    flow: Flow | KeepingFlow
     layer: int
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -64,13 +65,13 @@ class MergingResPostBlock(ResPostBlock):
         x = self.flow.enter(x, self.layer)
         x = x + self.drop_path1(self.norm1(self.attn(x)))
         x = self.flow.leave_attention(x)
-        return x + self.drop_path2(self.norm2(self.mlp(x)))
+        return self.flow.leave(x + self.drop_path2(self.norm2(self.mlp(x))))
 
 
 class AveragingVisionTransformer(VisionTransformer):
     """Timm's vision transformer that averages patches, each token counted by its size."""
 
-    flow: Flow
+    flow: Flow | KeepingFlow
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Map (B, T, D) to (B, D)."""
@@ -91,10 +92,18 @@ def why_not_mergeable(network: VisionTransformer) -> str | None:
 
 def merging(network: VisionTransformer, reduction: Reduction) -> VisionTransformer:
     """The same weights as a network that merges tokens; the one given must not be used any more."""
-    averaged = network.global_pool == "avg"
-    flow = Flow(reduction, network.num_prefix_tokens, averaged)
+    return _reducing(network, Flow(reduction, network.num_prefix_tokens, network.global_pool == "avg"))
+
+
+def dropping(network: VisionTransformer, keeping: Keeping) -> VisionTransformer:
+    """The same weights as a network that drops tokens; the one given must not be used any more."""
+    return _reducing(network, KeepingFlow(keeping, network.num_prefix_tokens))
+
+
+def _reducing(network: VisionTransformer, flow: Flow | KeepingFlow) -> VisionTransformer:
     for layer, block in enumerate(network.blocks):
-        kind = MergingResPostBlock if isinstance(block, ResPostBlock) else MergingBlock
+        kind = ReducingResPostBlock if isinstance(block, ResPostBlock) else ReducingBlock
         network.blocks[layer] = recast(block, kind, flow=flow, layer=layer)
-        network.blocks[layer].attn = recast(block.attn, MergingAttention, flow=flow)  # type: ignore[arg-type]
+        network.blocks[layer].attn = recast(block.attn, ReducingAttention, flow=flow)  # type: ignore[arg-type]
+    averaged = network.global_pool == "avg"
     return recast(network, AveragingVisionTransformer, flow=flow) if averaged else network

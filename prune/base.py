@@ -1,7 +1,7 @@
 """The nouns of pruning: scores, the plan made from them, and what every method can do."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from data.base import DataBundle
 from models.base import PrunableModel
+from models.checkpoint import reduction_of
 from models.cost import CostModel
+from models.keeping import Keeping
 from models.merging import Reduction
 from utils.errors import RunError
 from utils.files import write_atomically
@@ -92,6 +94,24 @@ class MatrixPlan:
 
 
 @dataclass(frozen=True)
+class BlockPlan:
+    """Which of a model's blocks stay.
+
+    Attributes:
+        kept: Their positions, ascending.
+        count: Blocks that the model has.
+    """
+
+    kept: tuple[int, ...]
+    count: int
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Positions of those that go, ascending."""
+        return tuple(position for position in range(self.count) if position not in self.kept)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a pruned model keeps. A full plan is the identity.
 
@@ -100,23 +120,26 @@ class Plan:
         budget: The quantity that the ratios refer to, or None for a plan without one.
         ratio_asked: Fraction of it that was to be removed.
         ratio_reached: Fraction that the kept units and the merged tokens remove.
-        tokens: How tokens are merged on their way; None leaves their flow as it is.
-        token_counts: Tokens that then enter the attention and the MLP of each block.
+        tokens: How tokens are merged or dropped on their way; None leaves their flow as it is.
+        token_counts: Tokens that then enter the attention and the MLP of each block; their mean
+            over the calibration samples where it differs from sample to sample.
         matrices: One entry per weight matrix in which weights become zero.
         details: What else a method has to say of it, as plain values.
+        blocks: Which blocks stay, whatever units of the others are listed; None leaves all.
     """
 
     groups: tuple[GroupPlan, ...]
     budget: str | None = None
     ratio_asked: float = 0.0
     ratio_reached: float = 0.0
-    tokens: Reduction | None = None
-    token_counts: tuple[tuple[int, int], ...] = ()
+    tokens: Reduction | Keeping | None = None
+    token_counts: tuple[tuple[float, float], ...] = ()
     matrices: tuple[MatrixPlan, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    blocks: BlockPlan | None = None
 
     def __post_init__(self) -> None:
-        if len(self.token_counts) != (len(self.tokens.merged) if self.tokens else 0):
+        if len(self.token_counts) != (self.tokens.blocks if self.tokens else 0):
             raise ValueError(f"token_counts has {len(self.token_counts)} entries; it must have one a block of tokens")
 
     @property
@@ -131,9 +154,9 @@ class Plan:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing goes: no unit, no token, and no weight."""
-        zeros = any(matrix.zeros for matrix in self.matrices)
-        return self.keeps_all_units and not (self.tokens and self.tokens.merges) and not zeros
+        """Whether nothing goes: no unit, no block, no token, and no weight."""
+        others = (self.tokens and self.tokens.merges, self.blocks and self.blocks.removed)
+        return self.keeps_all_units and not any(others) and not any(matrix.zeros for matrix in self.matrices)
 
     def summary(self) -> dict[str, Any]:
         """The plan as a record shows it: numbers of units, not their indices."""
@@ -147,6 +170,7 @@ class Plan:
             "ratio_reached": self.ratio_reached,
             "groups": groups,
             **self._token_summary(),
+            **({"blocks": {"kept": list(self.blocks.kept), "count": self.blocks.count}} if self.blocks else {}),
             **({"matrices": [asdict(matrix) for matrix in self.matrices]} if self.matrices else {}),
             **({"details": dict(self.details)} if self.details else {}),
         }
@@ -154,6 +178,9 @@ class Plan:
     def _token_summary(self) -> dict[str, Any]:
         if self.tokens is None:
             return {"tokens": None}
+        if isinstance(self.tokens, Keeping):
+            halves = [{"layer": i, "attention": n, "mlp": m} for i, (n, m) in enumerate(self.token_counts)]
+            return {"tokens": halves, "token_reduction": self.tokens.to_json()}
         rows = [
             {"layer": layer, "merged": merged, "attention": attention, "mlp": mlp}
             for layer, (merged, (attention, mlp)) in enumerate(zip(self.tokens.merged, self.token_counts, strict=True))
@@ -176,11 +203,13 @@ class Plan:
             GroupPlan(r["name"], r["kind"], r["layer"], r["count"], tuple(r["kept_units"])) for r in found["groups"]
         )
         rows = found["tokens"]
-        tokens = Reduction(tuple(r["merged"] for r in rows), **found["token_reduction"]) if rows is not None else None
+        tokens = _tokens_of(rows, found["token_reduction"]) if rows is not None else None
         counts = tuple((r["attention"], r["mlp"]) for r in rows or ())
         ratios = (found["ratio_asked"], found["ratio_reached"])
         matrices = tuple(MatrixPlan(**row) for row in found.get("matrices", ()))
-        return cls(tuple(groups), found["budget"], *ratios, tokens, counts, matrices, found.get("details", {}))
+        row = found.get("blocks")
+        blocks = BlockPlan(tuple(row["kept"]), row["count"]) if row else None
+        return cls(tuple(groups), found["budget"], *ratios, tokens, counts, matrices, found.get("details", {}), blocks)
 
     @classmethod
     def of(cls, model: PrunableModel, kept: Mapping[str, Tensor], **others: Any) -> "Plan":
@@ -194,6 +223,11 @@ class Plan:
         units = {name: tuple((kept.get(name, whole)).tolist()) for name, whole in everything.items()}
         groups = (GroupPlan(g.name, g.kind, g.layer, g.count, units[g.name]) for g in model.unit_groups())
         return cls(tuple(groups), **others)
+
+
+def _tokens_of(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Reduction | Keeping:
+    merged = {} if "rule" in settings else {"merged": [row["merged"] for row in rows]}
+    return reduction_of({**settings, **merged})
 
 
 class Method(Protocol):

@@ -9,7 +9,7 @@ from typing import Literal
 from models.cost import CostModel
 from utils.errors import InputError
 
-Budgeted = Literal["macs", "params", "width"]
+Budgeted = Literal["macs", "params", "width", "latency"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Budget:
     """What a ratio refers to, and the floors.
 
     Attributes:
-        of: `macs`, `params`, or `width` (the units of every group by themselves).
+        of: `macs`, `params`, `latency`, or `width` (the units of every group by themselves).
         ratio: Fraction to remove, in [0, 1).
         min_keep: Units kept at least in every group.
         round_to: Kept features per group are a multiple of this, or all of them.
@@ -26,7 +26,7 @@ class Budget:
     """
 
     of: Budgeted
-    ratio: float
+    ratio: float | Fraction
     min_keep: int = 1
     round_to: int = 1
     per_cost: bool = True
@@ -58,10 +58,10 @@ class Budget:
 def ratio_of(costs: CostModel, budget: Budget, kept: Mapping[str, int]) -> float:
     """Fraction of the budgeted quantity that is gone; of the width, that of the groups that may go."""
     if budget.of == "width":
-        free = [name for name in costs.counts if len(budget.sizes_of(costs, name)) > 1]
-        total, left = (sum(counts[name] for name in free) for counts in (costs.counts, kept))
+        free = [name for name in costs.counts if len(budget.sizes_of(costs.reference, name)) > 1]
+        total, left = (sum(counts[name] for name in free) for counts in (costs.reference.counts, kept))
     else:
-        total, left = costs.total(budget.of), costs.total(budget.of, kept)
+        total, left = costs.reference.total(budget.of), costs.total(budget.of, kept)
     return 1 - left / total if total else 0.0
 
 
@@ -72,12 +72,13 @@ def refuse_unreachable(costs: CostModel, budget: Budget) -> None:
         raise InputError(f"prune.kinds={list(budget.kinds or ())}: the model has no {unknown.pop()!r}; it has {known}")
     floors = {name: budget.sizes_of(costs, name)[-1] for name in costs.counts}
     if budget.of != "width":
-        total, least = costs.total(budget.of), costs.total(budget.of, floors)
-        _refuse(budget, f"{budget.of} of the model", total, least)
+        total, least = costs.reference.total(budget.of), costs.total(budget.of, floors)
+        what = "nanoseconds" if budget.of == "latency" else budget.of
+        _refuse(budget, f"{what} of the model", total, least)
         return
-    for name, count in costs.counts.items():
+    for name in costs.counts:
         if len(budget.sizes_of(costs, name)) > 1:
-            _refuse(budget, f"units of {name}", count, floors[name])
+            _refuse(budget, f"units of {name}", costs.reference.counts[name], floors[name])
 
 
 def _refuse(budget: Budget, what: str, total: int, least: int) -> None:

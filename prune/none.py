@@ -7,6 +7,7 @@ from data.base import DataBundle
 from models.base import PrunableModel
 from models.cost import CostModel
 from prune.base import Plan, Scores
+from prune.surgery import cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +36,14 @@ class Nothing:
     def apply(self, model: PrunableModel, plan: Plan) -> PrunableModel:
         """The model itself."""
         return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy(Nothing):
+    """Keeps everything, by the same way as a real cut: what is measured against the model is a copy of it."""
+
+    name: ClassVar[str] = "copy"
+
+    def apply(self, model: PrunableModel, plan: Plan) -> PrunableModel:
+        """A copy, cut by the full plan."""
+        return cut(model, plan)

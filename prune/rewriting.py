@@ -6,7 +6,8 @@ from typing import Protocol, runtime_checkable
 
 from data.base import DataBundle
 from models.base import PrunableModel
-from prune.base import Method, Plan
+from models.cost import CostModel
+from prune.base import Method, Plan, Scores
 from utils.storage import Store
 
 
@@ -41,5 +42,23 @@ class Rewriting(Protocol):
 def applied(method: Method, model: PrunableModel, plan: Plan, data: DataBundle, store: Store) -> Applied:
     """Carry out a plan, whatever kind of method made it."""
     if isinstance(method, Rewriting):
-        return method.apply_on(model, plan, data, store)
-    return Applied(method.apply(model, plan), plan)
+        done = method.apply_on(model, plan, data, store)
+    else:
+        done = Applied(method.apply(model, plan), plan)
+    if any(matrix.zeros for matrix in done.plan.matrices):
+        done.model.sparse = True
+    return done
+
+
+def refuse_unreachable(method: Method, model: PrunableModel, costs: CostModel) -> None:
+    """Refuse, before any work, what a method can't do to a model.
+
+    A plan that needs no scores is made once for what it refuses, such as a pattern that does not divide a
+    linear's inputs.
+
+    Raises:
+        InputError: If there is such a thing.
+    """
+    method.check(costs)
+    if not method.ranks:
+        method.plan(model, Scores({}), costs)

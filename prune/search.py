@@ -53,7 +53,7 @@ def _by_width(costs: CostModel, budget: Budget) -> Counts:
     sizes = {name: budget.sizes_of(costs, name) for name in costs.counts}
     return {
         name: next((size for size in sizes[name] if size <= budget.limit(count)), sizes[name][-1])
-        for name, count in costs.counts.items()
+        for name, count in costs.reference.counts.items()
     }
 
 
@@ -61,7 +61,7 @@ class _Greedy:
     """Step groups down until the budget is met, then up again wherever a step still fits."""
 
     def __init__(self, scores: Mapping[str, Tensor], costs: CostModel, budget: Budget, quantity: Quantity) -> None:
-        self.limit = budget.limit(costs.total(quantity))
+        self.limit = budget.limit(costs.reference.total(quantity))
         self.spent = costs.total(quantity)
         self.kept: Counts = dict(costs.counts)
         self.ladders = {
@@ -87,14 +87,12 @@ class _Greedy:
     def _fits_above(self, ladder: "_Ladder") -> bool:
         if ladder.rung == 0:
             return False
-        more = ladder.sizes[ladder.rung - 1] - ladder.sizes[ladder.rung]
-        return self.spent + more * ladder.unit_cost(self.kept) <= self.limit
+        return self.spent + ladder.cost_of(ladder.sizes[ladder.rung - 1], self.kept) <= self.limit
 
     def _move(self, ladder: "_Ladder", rungs: int) -> None:
-        unit_cost = ladder.unit_cost(self.kept)
         ladder.rung += rungs
         size = ladder.sizes[ladder.rung]
-        self.spent += (size - self.kept[ladder.name]) * unit_cost
+        self.spent += ladder.cost_of(size, self.kept)
         self.kept[ladder.name] = size
 
 
@@ -111,6 +109,7 @@ class _Ladder:
         self.name, self.sizes = name, sizes
         self.quantity: Quantity = quantity
         self.rung = 0
+        self.table = costs.latency if quantity == "latency" else None
         self.part = costs.touching(name)
         self.fixed_cost = None if self.part.touches_others(name) else self._measure(costs.counts)
         cost = max(1, self._measure(costs.counts)) if per_cost else 1
@@ -119,10 +118,18 @@ class _Ladder:
             (float(best_first[less:size].mean()) / cost, 1 - size / sizes[0]) for size, less in pairwise(sizes)
         ]
 
+    def cost_of(self, size: int, kept: Mapping[str, int]) -> int:
+        """What the model costs more with `size` units of this group than with what `kept` says."""
+        if self.table is not None:  # measured times rise by steps, not by units
+            return self.table.of(self.name, size) - self.table.of(self.name, kept[self.name])
+        return (size - kept[self.name]) * self.unit_cost(kept)
+
     def unit_cost(self, kept: Mapping[str, int]) -> int:
         """What one unit of this group costs while the others keep `kept`."""
         return self._measure(kept) if self.fixed_cost is None else self.fixed_cost
 
     def _measure(self, kept: Mapping[str, int]) -> int:
+        if self.table is not None:
+            return self.table.per_unit(self.name)
         one, none = ({**kept, self.name: units} for units in (1, 0))
         return self.part.total(self.quantity, one) - self.part.total(self.quantity, none)

@@ -2,9 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -13,11 +13,14 @@ from models.base import PrunableModel
 from models.cost import CostModel
 from prune.base import Plan, Scores
 from prune.budget import Budget, Budgeted, ratio_of, refuse_unreachable
+from prune.latency import plan_by_latency
 from prune.normalize import Normalization, normalized
+from prune.rounds import Schedule
 from prune.search import select_units
+from prune.sensitivity.allocation import allotted, curves_of_units
 from prune.surgery import cut
 from utils.errors import InputError
-from utils.rules import Count, Ratio, Whole, check_fields
+from utils.rules import Count, ExistingPath, Ratio, Whole, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +29,17 @@ class Structural(ABC):
 
     Attributes:
         ratio: Fraction of the budget to remove.
-        budget: What the fraction is of: the whole model's `macs` or `params`, or `width`,
-            the same fraction of the units of every group.
+        budget: What the fraction is of: the whole model's `macs` or `params`, its measured `latency` at a
+            saturating batch, or `width`, the same fraction of the units of every group.
         min_keep: Units kept at least in every group.
         round_to: Kept features per group are a multiple of this, or all of them.
         normalize: How scores of different groups are made comparable.
         per_cost: Whether units compete by score per cost, or by score alone.
         kinds: What may go, such as `[neuron]`; None means every kind the model has.
+        allocation: How much each group loses: by the scores (None), or by the curves of a sensitivity
+            analysis, in a file or (`sensitivity`) made on the way; the scores then choose inside a group.
+        steps: Rounds of ranking, cutting and recovery in which the ratio is reached.
+        schedule: How the ratio grows over them.
     """
 
     ratio: Ratio = 0.4
@@ -42,12 +49,16 @@ class Structural(ABC):
     normalize: Normalization = "none"
     per_cost: bool = True
     kinds: tuple[str, ...] | None = None
+    allocation: Literal["sensitivity"] | ExistingPath | None = None
+    steps: Count = 1
+    schedule: Schedule = "linear"
 
     ranks: ClassVar[bool] = True
     looks_at_data: ClassVar[bool] = True
     ranking_code: ClassVar[tuple[ModuleType, ...]] = ()
     search_fields: ClassVar[frozenset[str]] = frozenset(
         {"ratio", "budget", "min_keep", "round_to", "normalize", "per_cost", "kinds"}
+        | {"allocation", "steps", "schedule"}
     )
 
     def __post_init__(self) -> None:
@@ -82,7 +93,15 @@ class Structural(ABC):
 
     def plan(self, model: PrunableModel, scores: Scores, costs: CostModel) -> Plan:
         """Keep the best units within the budget."""
-        kept = self.select(self.combine(model, scores), costs)
+        if self.budget == "latency":
+            combined = self.combine(model, scores)
+            return plan_by_latency(model, costs, self.ratio, lambda r: replace(self, ratio=r).select(combined, costs))
+        combined = self.combine(model, scores)
+        if self.allocation is None:
+            kept = self.select(combined, costs)
+        else:
+            units = {name: combined[name] for name in costs.counts}
+            kept = select_units(allotted(curves_of_units(self.allocation, costs), units), costs, self._budget)
         reached = ratio_of(costs, self._budget, {name: len(index) for name, index in kept.items()})
         return Plan.of(model, kept, budget=self.budget, ratio_asked=self.ratio, ratio_reached=reached)
 

@@ -20,8 +20,10 @@ from tests.conftest import CONFIGS, SMALL, Compose
 
 NAMES = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "film", "who", "made", "it", "anna", "did"]
-UNTIMED = ("tiny_llama_wanda", "llama_wanda", "llama_sparsegpt", "llama_magnitude")
-FEW_BLOCKS = ("evals.latency.blocks=1", "evals.throughput.batch=2")
+UNTIMED = ("tiny_llama_wanda", "llama_wanda", "llama_sparsegpt", "llama_magnitude", "llama_benchmark",
+           "tiny_llama_benchmark", "llama_width", "llama_depth", "llama_optin", "tiny_llama_width", "tiny_llama_depth",
+           "tiny_llama_optin")  # fmt: skip
+FEW_BLOCKS = ("evals.latency.blocks=3", "evals.throughput.batch=2")
 FEW = ("data.calibration_batch_size=4", "data.batch_size=4", "model.training.epochs=1")
 TIMED = tuple(s for s in SMALL if s.startswith("evals."))
 
@@ -103,22 +105,47 @@ def corpus(folder: Path) -> tuple[str, ...]:
     return (*sources, *SHORT, *own)
 
 
+def text_alone(folder: Path) -> tuple[str, ...]:
+    """The same without text to calibrate on."""
+    return tuple(setting for setting in corpus(folder) if not setting.startswith("data.calibration."))
+
+
 def manual(folder: Path) -> tuple[str, ...]:
     """Python's own manual, a little of it, and a small Llama."""
     sizes = "model.settings={hidden_size: 24, intermediate_size: 20, num_hidden_layers: 2, max_position_embeddings: 64}"
     return (*SHORT, sizes, "data.train_samples=32", "model.training.epochs=1")
 
 
+WRITING = (
+    "evals.decode.batches=[1]", "evals.decode.prompt_tokens=8", "evals.decode.new_tokens=4",
+    "evals.decode.seconds=0.05", "evals.energy.prompt_tokens=8", "evals.energy.new_tokens=4",
+    "evals.energy.seconds=0.05", "evals.energy.idle_seconds=0.05", "evals.energy.blocks=1",
+    "evals.generation.prompt_tokens=8", "evals.generation.new_tokens=8",
+)  # fmt: skip
 TINY_VIT = "model.settings={depth: 2, embed_dim: 24, num_heads: 4}"
+
+
+def cifar_recovered(folder: Path) -> tuple[str, ...]:
+    """The same, with one epoch of recovery a round."""
+    few = ("recover.epochs=1", "prune.steps=2", "model.image_size=32", "data.calibration_batches=1")
+    return (*cifar(folder), *few)
+
+
 TINY_RESNET = "model.settings={layers: [1, 1, 1, 1], channels: [8, 8, 8, 8], stem_width: 8}"
 REAL: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...]]] = {
     "deit_optin": (pictures, (TINY_VIT,)),
     "deit_optin_beta": (pictures, (TINY_VIT,)),
     "deit_tome": (pictures, (TINY_VIT,)),
     "tiny_llama_wanda": (manual, ()),
-    **{f"llama_{method}": (corpus, ()) for method in ("wanda", "sparsegpt", "magnitude")},
+    **{f"llama_{method}": (corpus, ()) for method in ("wanda", "sparsegpt", "magnitude", "depth", "optin")},
+    "llama_width": (text_alone, ()),
+    **{f"tiny_llama_{method}": (manual, ()) for method in ("width", "depth", "optin")},
+    "llama_benchmark": (corpus, WRITING),
+    "tiny_llama_benchmark": (manual, WRITING),
     "resnet_optin": (pictures, (TINY_RESNET, "prune.ratio=0.01")),
     "cifar_optin": (cifar, (TINY_VIT,)),
+    "vit_cifar10": (cifar_recovered, (TINY_VIT,)),
+    "vit_sensitivity": (pictures, (TINY_VIT, "prune.grid=[0.5]", "data.calibration_batches=1")),
     "bert_optin": (sentences, ()),
     "squad_optin": (questions, ()),
 }
@@ -129,16 +156,27 @@ TOY_DATA = {
         "data.calibration_batch_size=8",
         "data.tokens=6",
     ),
+    "signal_tokens": (
+        "data.train_samples=64",
+        "data.validation_samples=32",
+        "data.calibration_batch_size=8",
+        "data.tokens=12",
+        "data.token_width=16",
+    ),
 }
+# the first has no ratio, and an encoder of its own: tests/test_ancestor.py runs it small; the second removes nothing:
+# tests/test_self_test.py does
+ELSEWHERE = ("toy_tokens_ancestor", "self_test")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_starts_with_its_command(name: str) -> None:
     text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
-    assert text.startswith(f"# @package _global_\n# python main.py +experiment={name}")
+    commands = (f"# @package _global_\n# python main.py {sweep}+experiment={name}" for sweep in ("", "-m "))
+    assert text.startswith(tuple(commands))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in REAL])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in REAL and n not in ELSEWHERE])
 def test_it_runs_small(name: str, small_config: Compose, tmp_path: Path) -> None:
     text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
     small = next((s for data, s in TOY_DATA.items() if f"/data: {data}" in text), ())

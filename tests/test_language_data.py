@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import GPT2Tokenizer
+from tokenizers import Tokenizer, normalizers, processors
+from tokenizers.models import BPE
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from data.base import DataBundle
 from data.c4 import c4
-from data.corpus import chunked, encoded, token_hash
+from data.corpus import Corpus, chunked, encoded, token_hash
 from data.pydoc import chapters, pydoc
 from data.text_folder import text_folder
+from data.token_cache import TokenCache
 from data.wikitext2 import wikitext2
 from data.windows import document_windows, stream_windows
 from models.byte_tokenizer import byte_tokenizer
@@ -113,6 +117,20 @@ def test_the_same_seed_gives_the_same_and_another_gives_another(model: Llama, tm
     assert longer.fingerprints["validation"] != first.fingerprints["validation"]
 
 
+def test_the_calibration_seed_changes_the_windows_alone(model: Llama, tmp_path: Path) -> None:
+    root = plain(tmp_path)
+    first, other, same = (
+        text_folder(root=root, **SMALL, calibration_seed=seed).prepare(model) for seed in (None, 1, 0)
+    )
+    changed = {part for part in first.fingerprints if first.fingerprints[part] != other.fingerprints[part]}
+    assert changed == {"calibration"} and first.fingerprints == same.fingerprints
+    inner = text_folder(root=root, **SMALL)
+    foreign = [text_folder(root=root, **SMALL, calibration=inner, calibration_seed=seed) for seed in (None, 1)]
+    assert [source.prepare(model).fingerprints["calibration"] for source in foreign] == [
+        first.fingerprints["calibration"], other.fingerprints["calibration"],
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("layout", ["joined", "raw", "parquet"])
 def test_wikitext2_is_the_same_from_every_layout(layout: str, model: Llama, tmp_path: Path) -> None:
     for split in ("train", "test"):
@@ -173,6 +191,10 @@ def test_calibration_may_come_from_another_source(model: Llama, composed: Compos
     data = build(cfg.data).prepare(model)
     assert [tuple(batch["input_ids"].shape) for batch in data.calibration] == [(4, 12), (1, 12)]
     assert "of c4" in data.notes[0] and "another domain" in data.notes[0] and data.example["input_ids"].shape == (1, 12)
+    (tmp_path / "short").mkdir()
+    short = text_folder(root=folder(tmp_path / "short", train__txt="abc", test__txt="abc"), **SMALL)
+    with pytest.raises(InputError, match="^data.calibration.calibration_length=8: must be below 4"):
+        text_folder(root=root, **SMALL, calibration=short).prepare(model)
     with pytest.raises(InputError, match="data.calibration=3: must be null or another source"):
         text_folder(root=root, calibration=3)
 
@@ -262,12 +284,43 @@ def test_chunks_drop_the_tail() -> None:
     assert token_hash(torch.arange(3)) == token_hash(torch.arange(3, dtype=torch.int32)) != token_hash(torch.arange(4))
 
 
+def llama2_tokenizer(file: Path) -> PreTrainedTokenizerFast:
+    """Llama-2's tokenizer from its pieces and their scores; of two pairs the one whose whole scores higher merges."""
+    content, place, pieces = file.read_bytes(), 4, list[tuple[str, float]]()
+    while place < len(content):
+        score, size = struct.unpack_from("<fi", content, place)
+        place += 8 + size
+        pieces.append((content[place - size : place].decode().replace(" ", "▁"), score))
+    pieces[:3] = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+    ids = {piece: number for number, (piece, _) in enumerate(pieces)}
+    pairs = [(-score, p[:i], p[i:]) for p, score in pieces for i in range(1, len(p)) if {p[:i], p[i:]} <= ids.keys()]
+    merges = [(left, right) for _, left, right in sorted(pairs, key=lambda p: (p[0], ids[p[1]], ids[p[2]]))]
+    rules = Tokenizer(BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    rules.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # type: ignore[assignment]
+    rules.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=rules, bos_token="<s>", eos_token="</s>")
+
+
+# tokens and chunks of the test split; Llama-2's 83 chunks at 4096 are those of the published perplexities
+COUNTS = {
+    "llama2": (341_469, {1024: 333, 2048: 166, 4096: 83}, "65edb8ed86ac640f", "first token only"),
+    "gpt2": (287_644, {1024: 280, 2048: 140, 4096: 70}, "c3b774ccf30316b5", "none"),
+}
+
+
 @real
-def test_wikitext2_has_the_known_number_of_tokens() -> None:
-    gpt2 = DATA / "tokenizers/gpt2"
-    tokenizer = GPT2Tokenizer(vocab=str(gpt2 / "vocab.json"), merges=str(gpt2 / "merges.txt"))
-    rows = wikitext2(root=str(DATA / "text/wikitext-2-raw")).rows("test")
-    assert len(encoded(tokenizer, "\n\n".join(rows))) == 287_644
+@pytest.mark.parametrize("name", COUNTS)
+def test_wikitext2_has_the_known_number_of_chunks(name: str) -> None:
+    folder, (tokens, chunks, digest, begin) = DATA / "tokenizers" / name, COUNTS[name]
+    if name == "llama2":
+        tokenizer = llama2_tokenizer(folder / "tokenizer.bin")
+    else:
+        tokenizer = GPT2Tokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    source = wikitext2(root=str(DATA / "text/wikitext-2-raw"))
+    stream = source.load(tokenizer, TokenCache()).measured()
+    corpus = Corpus("wikitext2-test", stream, [], tokenizer, "documents")
+    assert len(stream) == tokens and {length: len(corpus.chunks(length)) for length in chunks} == chunks
+    assert token_hash(corpus.chunks(4096)).startswith(digest) and corpus.bos(corpus.chunks(4096)) == begin
 
 
 @real

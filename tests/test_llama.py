@@ -241,7 +241,7 @@ def test_a_folder_of_transformers_is_a_checkpoint(tmp_path: Path) -> None:
 def test_a_missing_shard_and_a_missing_weight_are_named(tmp_path: Path) -> None:
     transformers_folder(tmp_path / "shards", shard="8KB")
     sorted((tmp_path / "shards").glob("*.safetensors"))[1].unlink()
-    with pytest.raises(InputError, match="model.checkpoint=.*shards: cannot be loaded.*model-00002-of"):
+    with pytest.raises(InputError, match="model.checkpoint=.*shards: must hold all 6 files.*missing: model-00002-of"):
         llama(checkpoint=str(tmp_path / "shards"))
     transformers_folder(tmp_path / "whole")
     path = tmp_path / "whole" / "model.safetensors"

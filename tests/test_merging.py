@@ -183,7 +183,7 @@ def softmax_attention(attention: nn.Module, x: Tensor, size: Tensor) -> tuple[Te
 def slow_block(block: nn.Module, x: Tensor, size: list[float], keys: Tensor | None, r: int, model: PrunableModel):
     """One block on one sample, every step written out; gives tokens, sizes and mean keys."""
     how, front = model.reduction, model.protected_tokens
-    assert how
+    assert isinstance(how, Reduction)
     r = min(r, (len(x) - front) // 2)
     if how.before == "attention" and r:
         assert keys is not None

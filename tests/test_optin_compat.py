@@ -12,6 +12,7 @@ from torch import Tensor
 import prune.optin.exact
 from models.bert import bert
 from models.cost import cost_model
+from models.merging import Reduction
 from models.vit import vit
 from prune.base import Scores
 from prune.gates import gated
@@ -125,7 +126,7 @@ def test_4_executed_and_nominal_macs_stand_side_by_side() -> None:
     scores, costs = ranked_scores(method, model, data), cost_model(model, data.example)
     plan = method.plan(model, scores, costs)
     left = cost_model(method.apply(model, plan), data.example).total("macs")
-    assert plan.tokens is not None and plan.tokens.before == "mlp"
+    assert isinstance(plan.tokens, Reduction) and plan.tokens.before == "mlp"
     assert plan.tokens.merged == released_schedule(plan.details["nominal_tokens"])
     assert plan.details["executed_ratio"] == pytest.approx(1 - left / costs.total("macs"))
     assert plan.details["nominal_macs"] == pytest.approx((1 - plan.ratio_reached) * plan.details["base_macs"])

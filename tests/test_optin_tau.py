@@ -172,7 +172,7 @@ def test_plan_is_what_runs(name: str, share: float) -> None:
     pruned = method.apply(model, plan)
     dense, left = costs.total("macs"), cost_model(pruned, data.example).total("macs")
     assert left <= 0.9 * dense and plan.ratio_reached == pytest.approx(1 - left / dense, abs=1e-12)
-    assert plan.tokens is not None and plan.tokens.before == "attention" and plan.tokens.merged[0] == 0
+    assert isinstance(plan.tokens, Reduction) and plan.tokens.before == "attention" and plan.tokens.merged[0] == 0
     assert all(attention == mlp for attention, mlp in plan.token_counts)
     assert plan.keeps_all_units == (share == 0) and plan.tokens.merges == (share < 1)
     units_alone = costs.total("macs", {g.name: len(g.kept) for g in plan.groups})

@@ -6,23 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from data.base import DataBundle, TensorBatches
 from data.causal_text import as_batch
-from data.corpus import Corpus, Document
+from data.corpus import Corpus, Document, token_hash
 from data.language_modelling import IGNORED, LanguageModelling, next_tokens, slices, token_costs
+from data.pydoc import pydoc
 from data.wikitext_pages import detokenized, pages_of, rows_of
 from evals.base import Measurement, Subject
 from evals.byte_perplexity import BytePerplexity
 from evals.documents import padded, rolling_windows, words_in
 from evals.loss import Loss
+from evals.numerics import numerics
 from evals.perplexity import Perplexity
 from evals.quality import Quality
 from evals.word_perplexity import WordPerplexity
 from models.base import Batch, PrunableModel
 from models.llama import Llama, llama
-from tests.adapters import bundle_of, causal
+from tests.adapters import ADAPTERS, bundle_of, causal
 from tests.modules import stirred
 from utils.storage import Store
 
@@ -231,6 +234,46 @@ def test_deviation_is_the_divergence_at_every_real_token() -> None:
     divergence = task.divergence(given, wanted, 1.0)
     everywhere = slow_deviation(given, wanted, torch.ones_like(samples["attention_mask"]))
     assert float(divergence) == pytest.approx(float(everywhere.sum()) / wanted[..., 0].numel(), rel=1e-4)
+
+
+def test_a_record_says_what_the_figure_depends_on() -> None:
+    model = reader()
+    sizes = {"calibration_samples": 2, "calibration_length": 16, "train_samples": 2, "validation_samples": 3}
+    data = pydoc(length=32, **sizes, seed=5).prepare(model)  # type: ignore[arg-type]
+    subject = Subject(model, data)
+    chunks = data.task.corpus.chunks(16)  # type: ignore[attr-defined]
+    found = measured(Perplexity(length=16, batch=3), subject).details
+    wanted = {"length": 16, "chunks": 3, "batch_size": 3, "seed": 5, "token_hash": token_hash(chunks)}
+    numbers = {"dtype": "float32", "compute_dtype": "float32", "loss_dtype": "float32", "attention": "sdpa"}
+    assert found.items() >= {**wanted, **numbers, "bos": "first token only"}.items()
+    assert found["versions"]["transformers"] == transformers.__version__
+    assert torch.__version__.startswith(found["versions"]["torch"]) and found["versions"].keys() >= {
+        "datasets",
+        "tokenizers",
+    }
+    assert {"flash", "math"} <= set(found["sdpa_kernels"]) and len(found["text"]) == len(found["tokenizer"]) == 64
+    by_document = measured(WordPerplexity(max_length=64), subject).details
+    assert by_document["token_hash"] != found["token_hash"] and by_document["windows"] >= by_document["documents"]
+    assert by_document.items() >= {"attention": "sdpa", "batch_size": 4, "text": found["text"]}.items()
+    other = pydoc(length=16, **sizes).prepare(model)  # type: ignore[arg-type]
+    assert other.task.token_hash == found["token_hash"] != data.task.token_hash  # type: ignore[attr-defined]
+    loss = Loss().measure([Subject(model, other)])[0]["loss"].details
+    assert loss == {"protocol": found["protocol"], "token_hash": found["token_hash"]}
+
+
+def test_the_attention_that_is_used_is_recorded() -> None:
+    model = reader()
+    model.network.set_attn_implementation("eager")  # type: ignore[operator]
+    assert numerics(model).items() >= {"attention": "eager", "sdpa_kernels": None}.items()
+    half = reader()
+    half.network.bfloat16()
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        found = numerics(half)
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+    assert found["dtype"] == found["compute_dtype"] == "bfloat16" and "flash" not in found["sdpa_kernels"]
+    assert numerics(ADAPTERS["toy_images"]()[0])["attention"] is None
 
 
 def test_a_perplexity_that_cannot_be_had_says_why() -> None:

@@ -49,6 +49,7 @@ METHODS = {
     "wanda true_sequential": Wanda(schedule="true_sequential"),
     "wanda one_forward": Wanda(schedule="one_forward"),
     "wanda dense": Wanda(schedule="dense"),
+    "wanda bfloat16": Wanda(precision="bfloat16"),
     "wanda owl": Wanda(allocation="owl", owl_multiple=1.5),
     "sparsegpt": SparseGPT(),
     "sparsegpt dense": SparseGPT(schedule="dense", allocation="global"),
@@ -218,11 +219,36 @@ def test_what_weights_depend_on_is_in_the_key(tmp_path: Path) -> None:
     others = [
         replace(base, ratio=0.4), replace(base, pattern="2:4"), replace(base, group="tensor"),
         replace(base, schedule="dense"), replace(base, skip=("*.down_proj",)), replace(base, variant="alpha"),
+        replace(base, precision="bfloat16"),
     ]  # fmt: skip
     assert len({json.dumps(method.key(model, data)) for method in (base, *others)}) == 1 + len(others)
     other = rebatched(data, data.calibration[:1])
     assert base.key(model, data) != base.key(model, other)
     assert WeightMagnitude().key(model, data) == WeightMagnitude().key(model, other), "it looks at no data"
+
+
+@pytest.mark.parametrize("schedule", ["block_sequential", "true_sequential"])
+def test_precision_is_that_of_statistics_alone(schedule: str, tmp_path: Path) -> None:
+    """Norms are float32, without the digits that bfloat16 has not; what a block begins with is exact."""
+    model, data = tiny_llama()
+    seen: dict[str, list[Tensor]] = {}
+    for precision in ("float32", "bfloat16"):
+        spy = Spying(ratio=0.0, schedule=schedule, precision=precision, seen=([],))  # type: ignore[arg-type]
+        done = applied_to(spy, model, data, tmp_path / precision)
+        seen[precision] = spy.seen[0]
+        assert any("products in bfloat16" in note for note in done.plan.details["notes"]) == (precision != "float32")
+    assert all(norms.dtype == torch.float32 for norms in seen["bfloat16"])
+    for number, (exact, coarse) in enumerate(zip(seen["float32"], seen["bfloat16"], strict=True)):
+        if number % 7 < 3:  # queries, keys and values: nothing was dropped, so they read what the dense model gives
+            torch.testing.assert_close(exact, coarse, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.allclose(exact, coarse, rtol=0.05, atol=0.01) and not torch.equal(exact, coarse)
+
+
+@pytest.mark.parametrize("schedule", ["one_forward", "dense"])
+def test_precision_needs_a_pass_of_its_own(schedule: str) -> None:
+    with pytest.raises(InputError, match=f"prune.precision=bfloat16: must be float32 with prune.schedule={schedule}"):
+        Wanda(schedule=schedule, precision="bfloat16")  # type: ignore[arg-type]
 
 
 def test_what_is_skipped_stays_dense(tmp_path: Path) -> None:

@@ -15,10 +15,17 @@ TARGETS = [
     "models.toy_encoder.toy_encoder",
     "data.digits.digits",
     "data.random_tokens.random_tokens",
+    "data.c4.c4",
+    "data.pydoc.pydoc",
+    "data.text_folder.text_folder",
+    "data.wikitext2.wikitext2",
+    "evals.word_perplexity.WordPerplexity",
     "prune.rankers.fisher.Fisher",
     "prune.rankers.taylor.Taylor",
     "prune.rankers.magnitude.Magnitude",
     "prune.rankers.random.Random",
+    "prune.depth.method.Depth",
+    "prune.width.glu.GluWidth",
     "prune.none.Nothing",
     "utils.training.Training",
     "evals.latency.Latency",
@@ -33,6 +40,14 @@ def test_source_and_import_agree(target: str) -> None:
     read = read_signature(target)
     assert {n: p.default is p.empty for n, p in real.items()} == {n: p.required for n, p in read.parameters.items()}
     assert not read.open_ended
+
+
+def test_rules_of_a_text_source_are_those_of_its_base() -> None:
+    found = read_signature("data.pydoc.pydoc").parameters
+    assert broken_rule(0, found["length"].annotation) == "must be at least 1"
+    assert broken_rule(-1, found["calibration_seed"].annotation) == "must be in [0, 4294967295]"
+    assert broken_rule(None, found["calibration_seed"].annotation) is None
+    assert broken_rule("/nowhere", read_signature("data.c4.c4").parameters["root"].annotation)
 
 
 def test_types_survive_inheritance_and_imports() -> None:
@@ -82,6 +97,8 @@ class Fields:
     c: int = field(default=3, init=False)
     d: ClassVar[int] = 4
 made = partial(Plain, 1)
+short = Child
+loop = loop
 if True:
     def inside(y: list[int]): ...
 """
@@ -98,7 +115,12 @@ def test_shapes_of_third_party_code(tmp_path: Path, monkeypatch) -> None:
         return {n: (p.annotation, p.required) for n, p in read_signature(name).parameters.items()}
 
     plain = {"a": (int, True), "b": (float, False), "c": (str | None, False), "device": (Any, False)}
-    for name in ("foreign_shapes.Plain", "foreign_shapes.Child", "foreign_package.inner.Renamed"):
+    for name in (
+        "foreign_shapes.Plain",
+        "foreign_shapes.Child",
+        "foreign_shapes.short",
+        "foreign_package.inner.Renamed",
+    ):
         assert read(name) == plain
     for name in ("WithMeta", "WithNew", "wrapped", "Plain.make.deeper"):
         assert read_signature(f"foreign_shapes.{name}").open_ended
@@ -112,7 +134,13 @@ def test_shapes_of_third_party_code(tmp_path: Path, monkeypatch) -> None:
     assert read("foreign_shapes.Plain.free") == {"x": (Any, True)}
     assert read("foreign_shapes.inside") == {"y": (list[int], True)}
     assert read("foreign_shapes.Bare") == {}
-    for name in ("foreign_shapes.Loose", "foreign_shapes.Unknown", "foreign_shapes.made", "math.sqrt"):
+    for name in (
+        "foreign_shapes.Loose",
+        "foreign_shapes.Unknown",
+        "foreign_shapes.made",
+        "foreign_shapes.loop",
+        "math.sqrt",
+    ):
         assert read_signature(name).open_ended
     assert "foreign_shapes" not in sys.modules
 

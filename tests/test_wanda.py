@@ -215,7 +215,7 @@ def test_nothing_and_everything(share: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("allocation", ["global", "owl", "alpha"])
-@pytest.mark.parametrize("group", ["tensor", "row"])
+@pytest.mark.parametrize("group", ["tensor", "row", "column"])
 def test_allocations_meet_the_ratio(allocation: str, group: str, tmp_path: Path) -> None:
     model, data = tiny_llama()
     method = Wanda(ratio=0.6, allocation=allocation, group=group, owl_multiple=1.5)  # type: ignore[arg-type]
@@ -225,7 +225,17 @@ def test_allocations_meet_the_ratio(allocation: str, group: str, tmp_path: Path)
     assert one.plan.matrices == done.plan.matrices, "norms are pooled over tokens, not averaged over batches"
     assert len({round(share, 4) for share in shares}) > 1
     total = sum(m.count for m in done.plan.matrices)
-    if group == "tensor":  # whole rows round down, each by less than one weight
-        assert sum(m.zeros for m in done.plan.matrices) == int(0.6 * total + 1e-9)
-    else:
-        assert 0.6 - 1 / 16 < done.plan.ratio_reached <= 0.6
+    assert sum(m.zeros for m in done.plan.matrices) == int(0.6 * total + 1e-9), "whatever competes"
+    for name, mask in masks_of(done.model, done.plan).items():
+        counts = mask.sum(dim=1 if group == "row" else 0).tolist()
+        if group != "tensor":  # a matrix's part is spread evenly, what is left over going to the first
+            assert max(counts) - min(counts) <= 1 and counts == sorted(counts, reverse=True), name
+
+
+def test_the_same_part_of_every_row_is_rounded_down(tmp_path: Path) -> None:
+    """Where all matrices lose the same, rows of 16 and 24 lose floor(0.6 * 16) and floor(0.6 * 24), as published."""
+    model, data = tiny_llama()
+    done = applied_to(Wanda(ratio=0.6), model, data, tmp_path)
+    for name, mask in masks_of(done.model, done.plan).items():
+        assert set(mask.sum(dim=1).tolist()) == {int(0.6 * mask.shape[1])}, name
+    assert 0.6 - 1 / 16 < done.plan.ratio_reached < 0.6

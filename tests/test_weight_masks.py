@@ -13,15 +13,18 @@ from prune.weights.magnitude import WeightMagnitude
 from prune.weights.masks import (
     Group,
     Pattern,
+    comparators,
     grouped_mask,
     kth_lowest,
     lowest,
+    nth_lowest,
     packed,
     pattern_mask,
     pattern_of,
     removed_count,
     unpacked,
 )
+from prune.weights.sequential import zero_where
 from tests.adapters import ADAPTERS, bundle_of
 from tests.sparse import applied_to, linear, masks_of
 from utils.errors import InputError, RunError
@@ -64,6 +67,44 @@ def random_scores(tied: bool, rows: int = 7, columns: int = 20) -> Tensor:
 def test_masks_equal_the_loop(group: Group, share: float, tied: bool) -> None:
     scores = random_scores(tied)
     assert torch.equal(grouped_mask(scores, share, group), slow_mask(scores, share, group))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 62, 63, 64, 139, 140])
+@pytest.mark.parametrize("group", ["tensor", "row", "column"])
+def test_an_exact_part_is_spread_over_the_groups(group: Group, count: int, tied: bool) -> None:
+    """Of 7 x 20 entries exactly so many go; the first groups lose one more than the others."""
+    scores = random_scores(tied)
+    mask = grouped_mask(scores, Fraction(count, 140), group)
+    assert int(mask.sum()) == count
+    if group == "tensor":
+        assert torch.equal(mask.flatten(), torch.tensor(slow_lowest(scores.flatten().tolist(), count)))
+        return
+    lines, masks = (t if group == "row" else t.T for t in (scores, mask))
+    each, extra = divmod(count, len(lines))
+    wanted = [slow_lowest(line, each + (number < extra)) for number, line in enumerate(lines.tolist())]
+    assert masks.tolist() == wanted
+
+
+@pytest.mark.parametrize("size", range(2, 17))
+def test_the_network_finds_every_place(size: int) -> None:
+    """Zeros and ones are enough to tell a network that sorts from one that does not (the 0-1 principle)."""
+    rows = torch.tensor([[float(number >> place & 1) for place in range(size)] for number in range(min(2**size, 4096))])
+    rows = torch.cat([rows, torch.rand(50, size, generator=torch.Generator().manual_seed(size))])
+    for place in range(1, size + 1):
+        assert torch.equal(nth_lowest(rows.T.contiguous(), place), rows.sort(dim=1).values[:, place - 1])
+
+
+def test_few_comparisons_give_the_second_of_four() -> None:
+    """Seven minima and maxima; a whole sorting network of four has ten."""
+    assert sum(smaller + larger for *_, smaller, larger in comparators(4, 1)) == 7
+
+
+def test_zeros_are_put_without_a_sign() -> None:
+    for kind in (torch.float32, torch.bfloat16, torch.float64):
+        weight = torch.tensor([[-1.0, 2.0, float("nan")]], dtype=kind)
+        zero_where(weight, torch.tensor([[True, False, True]]))
+        assert weight.tolist() == [[0.0, 2.0, 0.0]] and not bool(weight.signbit().any())
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -16,7 +16,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from evals.sweep import rebuild
+from evals.sweep import rebuild, write_page
 from utils.compose import CommandLine, command_line_problems
 from utils.errors import InputError, RunError
 
@@ -85,6 +85,7 @@ def exit_codes() -> Iterator[None]:
         print("interrupted; what was finished is kept", file=sys.stderr)
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             rebuild(Path(HydraConfig.get().sweep.dir))
+            write_page(Path(HydraConfig.get().sweep.dir))
         sys.exit(INTERRUPTED)
     except (InputError, RunError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:

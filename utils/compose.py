@@ -90,7 +90,10 @@ def _jobs(line: CommandLine) -> Iterator[list[str]]:
                 raise HydraException(f"{override.input_line}: several values need a sweep, with -m")
         yield overrides
         return
-    parsed += parser.parse_overrides(_sweeper_params(line, overrides))
+    # what is typed takes the place of the sweep's own values, as in Hydra's sweeper
+    typed = {override.get_key_element() for override in parsed}
+    params = parser.parse_overrides(_sweeper_params(line, overrides))
+    parsed += [override for override in params if override.get_key_element() not in typed]
     yield from map(list, itertools.product(*map(_choices, parsed)))
 
 

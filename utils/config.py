@@ -22,11 +22,13 @@ class Config:
     dtype: str = "auto"
     storage: str = "storage"
     save: bool = False
+    summary: bool = False
     model: Any = MISSING
     data: Any = MISSING
     prune: Any = MISSING
     recover: Any = MISSING
     evals: Any = field(default_factory=dict)
+    tracker: Any = field(default_factory=lambda: {"_target_": "evals.trackers.none.Nothing"})
 
 
 ROOT_RULES: dict[str, Any] = {
@@ -36,6 +38,7 @@ ROOT_RULES: dict[str, Any] = {
     "dtype": Literal["auto", "float32", "bfloat16"],
     "storage": WritableFolder,
     "save": bool,
+    "summary": bool,
 }
 
 ConfigStore.instance().store(name="root", node=Config)

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from utils.errors import InputError
 
 PACKAGES = (
-    "torch", "torchvision", "timm", "transformers", "hydra-core", "omegaconf",
+    "torch", "torchvision", "timm", "transformers", "tokenizers", "datasets", "hydra-core", "omegaconf",
     "safetensors", "fvcore", "scikit-learn", "numpy",
 )  # fmt: skip
 
@@ -36,7 +37,12 @@ def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that numbers depend on, and the git commit."""
-    return {"python": platform.python_version(), "pare": _commit()} | {p: _version(p) for p in PACKAGES}
+    return {"python": platform.python_version(), "pare": _commit()} | package_versions(PACKAGES)
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str | None]:
+    """Versions of packages by name; None for one that is not installed."""
+    return {name: _version(name) for name in names}
 
 
 def describe_device(device: torch.device) -> dict[str, str | int]:

@@ -33,6 +33,11 @@ def is_hooked(network: nn.Module) -> bool:
     )
 
 
+def is_replayed(network: nn.Module) -> bool:
+    """Whether any module of the network answers by another function (`replaying`)."""
+    return any("forward" in vars(module) for module in network.modules())
+
+
 @contextmanager
 def watched(network: nn.Module, names: Iterable[str], watch: Callable[[str, Any], None]) -> Iterator[None]:
     """Show what named modules give to a function, which takes the name and the output."""

@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.text import Text
 
 Advance = Callable[[str], None]
-SECONDS_BETWEEN_LINES = 20.0
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class RateColumn(ProgressColumn):
@@ -57,7 +57,7 @@ def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Advance]:
 
 
 def _lines(title: str, total: int, done: int) -> Advance:
-    """Progress for a log file: quick work says nothing, long work a line every 20 s."""
+    """Progress for a log file: quick work says nothing, long work a line every 10 s."""
     start = last = time.monotonic()
     steps = done
 

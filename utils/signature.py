@@ -108,7 +108,15 @@ def _lookup(module: Module, path: list[str], target: str) -> Signature:
         return _method(owner, node, path[1], target) if len(path) == 2 else UNREADABLE
     if isinstance(node, FUNCTIONS):
         return _function(owner, node, skip=0)
+    if (meant := _meant(node)) is not None and meant != path[0]:
+        return _lookup(owner, [meant], target)
     return _class(owner, node) if isinstance(node, ast.ClassDef) else UNREADABLE
+
+
+def _meant(node: ast.stmt) -> str | None:
+    """The name that an assignment such as `short = Long` stands for."""
+    value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+    return value.id if isinstance(value, ast.Name) else None
 
 
 def _method(module: Module, node: ast.stmt, name: str, target: str) -> Signature:

@@ -1,4 +1,4 @@
-"""A supervised training loop that can be killed and goes on: AdamW, cosine schedule with warm-up.
+"""A supervised training loop that can be killed and goes on: AdamW or another of timm's, cosine schedule with warm-up.
 
 Every epoch depends only on the weights and optimizer state before it: the data's order and
 torch's generator are set from the seed and the epoch. An interrupted training therefore ends
@@ -6,21 +6,26 @@ with the same weights, bit for bit, as one that ran through.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from utils.errors import RunError
+from utils.optimizers import Settings, optimizer_of, restore_state, state_of
 from utils.progress import progress_bar
-from utils.rules import Count, NonNegative, Positive, Ratio, check_fields
+from utils.rules import Count, NonNegative, Positive, Range, Ratio, check_fields
 from utils.seed import random_state_restored, seed_everything
 from utils.storage import Artifact, Scratch
 
 Batch = dict[str, Tensor]
 History = list[dict[str, float]]
+# what tells the best epoch, the first that was measured
+JUDGES = ("held_out_loss", "validation_loss")
 
 
 class TrainBatches(Protocol):
@@ -41,12 +46,15 @@ class Training:
 
     Attributes:
         epochs: Passes over the training data.
-        learning_rate: Peak learning rate of AdamW.
+        learning_rate: Peak learning rate.
         weight_decay: Decoupled decay, on weight matrices only: no bias, norm or position.
         warmup: Fraction of all steps during which the learning rate rises from 0.
         label_smoothing: Probability mass spread over the other classes.
         clip: Largest gradient norm.
         mixed_precision: bfloat16 autocast; `auto` uses it on CUDA, where it helps.
+        optimizer: `adamw`, or the name of another of timm's optimizers, such as `sgd` or `lamb`.
+        momentum: Of optimizers that have one by that name.
+        average: Decay of a running average of the weights, which is then measured and kept in their place; 0: none.
     """
 
     epochs: Count = 40
@@ -56,6 +64,9 @@ class Training:
     label_smoothing: Ratio = 0.1
     clip: Positive = 1.0
     mixed_precision: Literal["auto", "on", "off"] = "auto"
+    optimizer: str = "adamw"
+    momentum: Ratio = 0.9
+    average: Annotated[float, Range(0, 1, open_high=True)] = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -65,13 +76,27 @@ class Training:
 class Trained:
     """What a training leaves: one row an epoch, and the weights after the best and the last.
 
-    The best epoch is the one with the lowest `validation_loss`.
+    The best epoch is the one with the lowest `held_out_loss`, or without one the lowest `validation_loss`.
+
+    Attributes:
+        history: One row a finished epoch.
+        best_epoch: From 1; 0 where no epoch came to its end.
+        best: Weights after it.
+        last: Weights after the last epoch in which everything was finite.
+        seconds: Wall time of each epoch, scoring included.
+        stopped: Why it ended before its time; None if it did not.
     """
 
     history: History
     best_epoch: int
     best: dict[str, Tensor]
     last: dict[str, Tensor]
+    seconds: list[float] = field(default_factory=list)
+    stopped: str | None = None
+
+
+class NotFiniteError(RunError):
+    """A loss became NaN or infinite."""
 
 
 def fit(
@@ -84,6 +109,10 @@ def fit(
     title: str = "train",
     scratch: Scratch | None = None,
     after_step: Callable[[], None] | None = None,
+    *,
+    after_backward: Callable[[], None] | None = None,
+    patience: int | None = None,
+    keep_good: bool = False,
 ) -> Trained:
     """Train a network in place and leave it in eval mode with its last weights.
 
@@ -92,27 +121,43 @@ def fit(
         loss_of: Maps a batch to the mean loss.
         batches: The training batches.
         settings: See `Training`.
-        score: Measures the network in eval mode after each epoch, by name; its
-            `validation_loss` decides which epoch is the best.
+        score: Measures the network in eval mode after each epoch, by name; its `held_out_loss`, or
+            without one its `validation_loss`, decides which epoch is the best.
         seed: Seeds whatever the network draws, such as dropout.
         title: Label of the progress bar.
         scratch: Where to keep the state after every epoch, and to go on from.
         after_step: Called after every step, to put weights back that must not move.
+        after_backward: Called before gradients are clipped, to clear those of such weights.
+        patience: Stop after so many epochs without a better one; None never does.
+        keep_good: Where a loss is not finite, end with the weights of the last epoch in which all were.
 
     Raises:
-        RunError: If the loss becomes NaN or infinite.
+        InputError: If there is no such optimizer, or it can't be used here.
+        RunError: If the loss becomes NaN or infinite, unless `keep_good`.
     """
-    loop = _Loop(network, loss_of, batches, settings, score, title, after_step)
+    loop = _Loop(network, loss_of, batches, settings, score, title, after_step, after_backward)
+    stopped: str | None = None
     if scratch is not None and (left := scratch.load()) is not None:
         loop.restore(left)
     with random_state_restored(), progress_bar(title, settings.epochs, done=len(loop.history)) as advance:
         for epoch in range(len(loop.history) + 1, settings.epochs + 1):
+            if patience is not None and len(loop.history) - loop.best_epoch >= patience:
+                stopped = f"no epoch after {loop.best_epoch} was better, {patience} were waited for"
+                break
             seed_everything((1_000_003 * seed + epoch) % 2**32)
-            row = loop.run_epoch(epoch)
+            try:
+                row = loop.run_epoch(epoch)
+            except NotFiniteError as error:
+                if not keep_good:
+                    raise
+                stopped = f"{error}; the weights after epoch {epoch - 1} are the last good ones"
+                break
             if scratch is not None and epoch < settings.epochs:
                 scratch.save(loop.state())
             advance(" ".join(f"{k} {v:.3f}" for k, v in row.items() if k not in ("epoch", "learning_rate")))
-    return Trained(loop.history, loop.best_epoch, loop.best, _weights(network))
+    network.load_state_dict(loop.good)
+    network.eval()
+    return Trained(loop.history, loop.best_epoch, loop.best, loop.good, loop.seconds, stopped)
 
 
 class _Loop:
@@ -127,32 +172,56 @@ class _Loop:
         score: Callable[[], dict[str, float]],
         title: str,
         after_step: Callable[[], None] | None = None,
+        after_backward: Callable[[], None] | None = None,
     ) -> None:
         self.network, self.loss_of, self.batches = network, loss_of, batches
         self.settings, self.score, self.title = settings, score, title
-        self.after_step = after_step
+        self.after_step, self.after_backward = after_step, after_backward
         self.optimizer = _optimizer(network, settings)
         self.history: History = []
+        self.seconds: list[float] = []
         self.best_epoch, self.best = 0, _weights(network)
+        self.good = _copies(self.best)
+        self.average = [p.detach().clone() for p in network.parameters()] if settings.average else []
         device = next(network.parameters()).device.type
         on = settings.mixed_precision == "on" or (settings.mixed_precision == "auto" and device == "cuda")
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=on)
 
     def run_epoch(self, epoch: int) -> dict[str, float]:
+        start = time.perf_counter()
         self.batches.set_epoch(epoch)
         self.network.train()
         first = (epoch - 1) * len(self.batches)
         losses = [self._step(batch, first + step) for step, batch in enumerate(self.batches)]
         train_loss = float(torch.stack(losses).mean())
-        if not math.isfinite(train_loss):
-            raise RunError(f"{self.title}: the loss is {train_loss} in epoch {epoch}; it must stay finite")
+        self._refuse_not_finite("", train_loss, epoch)
         self.network.eval()
         row = {"epoch": epoch, "learning_rate": self.optimizer.param_groups[0]["lr"], "train_loss": train_loss}
-        self.history.append(row | self.score())
-        losses_so_far = [row.get("validation_loss", math.inf) for row in self.history]
+        with self._averaged():
+            row |= self.score()
+            for judge in JUDGES:
+                self._refuse_not_finite(f"{judge.removesuffix('_loss').replace('_', '-')} ", row.get(judge, 0.0), epoch)
+            self.good = _weights(self.network)
+        self.history.append(row)
+        losses_so_far = [_judged(row) for row in self.history]
         if losses_so_far[-1] <= min(losses_so_far):
-            self.best_epoch, self.best = epoch, _weights(self.network)
-        return self.history[-1]
+            self.best_epoch, self.best = epoch, _copies(self.good)
+        self.seconds.append(time.perf_counter() - start)
+        return row
+
+    def _refuse_not_finite(self, which: str, loss: float, epoch: int) -> None:
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"{self.title}: the {which}loss is {loss} in epoch {epoch}; it must stay finite")
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Put the averaged weights, where there are any, into the network for the time of a `with`."""
+        moving = [p.detach().clone() for p in self.network.parameters()] if self.average else []
+        _copy(self.average, self.network)
+        if self.average and self.after_step is not None:
+            self.after_step()
+        yield
+        _copy(moving, self.network)
 
     def _step(self, batch: Batch, step: int) -> Tensor:
         rate = self.settings.learning_rate * schedule(
@@ -164,36 +233,57 @@ class _Loop:
             loss = self.loss_of(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.after_backward is not None:
+            self.after_backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.clip)
         self.optimizer.step()
         if self.after_step is not None:
             self.after_step()
+        self._follow(step)
         return loss.detach()
 
+    @torch.no_grad()
+    def _follow(self, step: int) -> None:
+        """Move the average on; it follows faster at first."""
+        decay = min(self.settings.average, (1 + step) / (10 + step))
+        for mean, weight in zip(self.average, self.network.parameters() if self.average else (), strict=True):
+            mean.lerp_(weight, 1 - decay)
+
     def state(self) -> Artifact:
-        moments = {
-            f"optimizer/{number}/{name}": value
-            for number, state in self.optimizer.state_dict()["state"].items()
-            for name, value in state.items()
-        }
+        moments, facts = state_of(self.optimizer)
         # copies: tied tensors share memory, which a file can't hold
-        weights = {f"network/{name}": tensor for name, tensor in _weights(self.network).items()}
-        best = {f"best/{name}": tensor for name, tensor in self.best.items()}
-        return Artifact({**weights, **best, **moments}, {"history": self.history, "best_epoch": self.best_epoch})
+        parts = {
+            "network": _weights(self.network), "best": self.best,
+            "optimizer": moments, "average": {str(number): mean for number, mean in enumerate(self.average)},
+            "good": self.good if self.average else {},
+        }  # fmt: skip
+        tensors = {f"{part}/{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
+        return Artifact(tensors, {
+            "history": self.history, "best_epoch": self.best_epoch, "seconds": self.seconds, "optimizer": facts,
+        })  # fmt: skip
 
     def restore(self, left: Artifact) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "best": {}, "optimizer": {}}
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "best": {}, "good": {}, "optimizer": {}, "average": {}}
         for name, tensor in left.tensors.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = tensor
         self.network.load_state_dict(parts["network"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
-            number, _, leaf = name.partition("/")
-            moments.setdefault(int(number), {})[leaf] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        restore_state(self.optimizer, parts["optimizer"], left.facts["optimizer"])
+        for number, mean in enumerate(self.average):
+            mean.copy_(parts["average"][str(number)])
         self.best, self.best_epoch = parts["best"], left.facts["best_epoch"]
-        self.history = left.facts["history"]
+        self.good = parts["good"] or _weights(self.network)
+        self.history, self.seconds = left.facts["history"], left.facts["seconds"]
+
+
+def _judged(row: dict[str, float]) -> float:
+    return next((row[name] for name in JUDGES if name in row), math.inf)
+
+
+@torch.no_grad()
+def _copy(weights: list[Tensor], network: nn.Module) -> None:
+    for weight, new in zip(network.parameters() if weights else (), weights, strict=True):
+        weight.copy_(new)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -212,7 +302,11 @@ def _optimizer(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+    return optimizer_of(groups, Settings(settings.optimizer, settings.learning_rate, settings.momentum))
+
+
+def _copies(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in weights.items()}
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def group_losses(
     """Losses of every unit of one group on one batch, each (count,)."""
     calls = calls_of_block(model, teacher, group.layer)
     scorer = _UnitPasses(model, data, teacher, group, calls)
-    size = candidates_at_once(calls, settings, model.device)
+    size = candidates_at_once(calls, teacher.logits, settings)
     return in_chunks(group.count, size, lambda units: scorer.losses(units, settings.temperature), scorer, advance)
 
 
@@ -67,11 +67,18 @@ def in_chunks(count: int, size: int, losses: Callable[[range], Losses], cached: 
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
-def candidates_at_once(calls: Sequence[Recorded], settings: Settings, device: torch.device) -> int:
-    """How many candidates fit into the memory that they may take."""
+def candidates_at_once(calls: Sequence[Recorded], logits: Tensor, settings: Settings) -> int:
+    """How many candidates fit into the memory that they may take.
+
+    Args:
+        calls: What one candidate has to compute in its own block.
+        logits: Its logits, which are compared in float32; those of a language model outweigh all else.
+        settings: Says how much memory.
+    """
     sizes = [part.numel() * part.element_size() for call in calls for part in tensors_of(call.output)]
+    sizes.append(4 * logits.numel())
     fitting = int(settings.memory_gb * GIB / max(1, 3 * sum(sizes)))
-    if device.type == "cpu":
+    if logits.device.type == "cpu":
         fitting = min(fitting, MOST_BYTES_ON_CPU // max(1, *sizes))
     return max(1, fitting)
 

@@ -54,13 +54,13 @@ def two_kinds(scores: Mapping[str, Tensor], costs: CostModel, budget: Budget) ->
             differ in cost, the budget is of another sort, or it can't be reached.
     """
     refuse_unreachable(costs, budget)
-    if budget.of == "width" or budget.round_to > 1:
+    if budget.of in ("width", "latency") or budget.round_to > 1:
         raise InputError("prune.search=optin: takes prune.budget=macs or params, and prune.round_to=1")
     kinds = list(dict.fromkeys(costs.kinds.values()))
     if not 1 <= len(kinds) <= 2:
         raise InputError(f"prune.search=optin: takes a model with one or two kinds of units, not {', '.join(kinds)}")
     first, second = [*(_ladder(scores, costs, budget, kind) for kind in kinds), NOTHING][:2]
-    room = budget.limit(costs.total(budget.of)) - costs.total(budget.of, dict.fromkeys(costs.counts, 0))
+    room = budget.limit(costs.reference.total(budget.of)) - costs.total(budget.of, dict.fromkeys(costs.counts, 0))
     heads = _best_number(first, second, room)
     return _by_group([*first.units[:heads], *second.units[: _beside(heads, first, second, room)]], costs)
 

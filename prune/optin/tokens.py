@@ -63,7 +63,7 @@ def token_losses(
         raise InputError("data.calibration_batch_size=1: token positions are compared across samples; take at least 2")
     calls = calls_of_block(model, teacher, layer)
     passes = _TokenPasses(model, data, teacher, layer)
-    size = candidates_at_once(calls, settings, model.device)
+    size = candidates_at_once(calls, teacher.logits, settings)
     score = partial(passes.losses, temperature=settings.temperature)
     return in_chunks(positions_in(teacher), size, score, passes, advance)
 

@@ -108,6 +108,8 @@ class Optin(Structural):
             raise InputError("prune.lambda_c=0: must be above 0 in compat mode, which divides by it; or prune.loss=md")
         if self.mode == "compat" and self.budget != "macs":
             raise InputError(f"prune.budget={self.budget}: must be macs in compat mode")
+        if self.mode == "compat" and (self.steps > 1 or self.allocation is not None):
+            raise InputError(f"prune.steps={self.steps}, prune.allocation={self.allocation}: need prune.mode=clean")
 
     @property
     def notes(self) -> list[str]:

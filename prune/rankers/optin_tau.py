@@ -43,12 +43,14 @@ class OptinTau(Optin):
 
     search_fields = Optin.search_fields | {"static_share", "min_tokens", "proportional"}
     ranking_code = (*CODE, optin)
-    steps: ClassVar[tuple[str, str]] = ("optin", "tome")
+    parts: ClassVar[tuple[str, str]] = ("optin", "tome")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget != "macs":
             raise InputError(f"prune.budget={self.budget}: must be macs; merging tokens frees no parameters")
+        if self.steps > 1:
+            raise InputError(f"prune.steps={self.steps}: must be 1; merged tokens can't be merged in rounds")
 
     @property
     def name(self) -> str:
@@ -105,7 +107,7 @@ class OptinTau(Optin):
             model, kept, budget="macs", ratio_asked=self.ratio,
             ratio_reached=1 - tokens.of(reduction) / total, tokens=reduction,
             token_counts=tuple(tokens.counts(reduction)),
-            details={"steps": list(self.steps), "static_share": self._share},
+            details={"steps": list(self.parts), "static_share": self._share},
         )  # fmt: skip
 
     def _refuse(self, largest: float, tokens: TokenCosts) -> NoReturn:

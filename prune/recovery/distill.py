@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from data.base import DataBundle
 from models.base import Batch, PrunableModel
+from models.checkpoint import load_model
 from prune.recovery.base import TrainedRecovery
+from prune.recovery.teacher import refuse_misfit
+from utils.errors import InputError
 from utils.hooks import captured
-from utils.rules import NonNegative, Positive, Range
+from utils.rules import ExistingPath, NonNegative, Positive, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,29 +25,57 @@ class Distill(TrainedRecovery):
         soft: Share of the teacher's logits in the loss.
         temperature: Softens both models' logits, T.
         features: Weight of the relative squared error at the model's feature points.
+        teacher: Folder of a saved model that teaches; None takes the dense model.
     """
 
     soft: Annotated[float, Range(0, 1)] = 0.7
     temperature: Positive = 2.0
     features: NonNegative = 0.0
+    teacher: ExistingPath | None = None
 
     def loss(self, pruned: PrunableModel, dense: PrunableModel, data: DataBundle) -> Callable[[Batch], Tensor]:
-        """The blended loss; the dense model is the teacher, in eval mode and without gradients."""
+        """The blended loss; the teacher is in eval mode and without gradients.
+
+        Raises:
+            InputError: If the teacher can't run on the data, or answers in another form.
+        """
+        name = "the dense model"
+        if self.teacher is not None:
+            dense, name = load_model(self.teacher), f"recover.teacher={self.teacher}"
+            dense.network.to(pruned.device)
+        try:
+            points = same_points(pruned, dense) if self.features else {}
+        except ValueError as error:
+            raise InputError(
+                f"{name} has other feature points than the pruned model; recover.features must be 0"
+            ) from error
+        refuse_misfit(pruned, dense, data, points, name)
 
         def blended(batch: Batch) -> Tensor:
             placed = pruned.place(batch)
-            with captured(pruned.network, self._points(pruned)) as mine:
+            with captured(pruned.network, points) as mine:
                 logits = pruned.logits(placed)
-            with torch.no_grad(), captured(dense.network, self._points(dense)) as theirs:
+            with torch.no_grad(), captured(dense.network, points.values()) as theirs:
                 teacher = dense.logits(dense.place(batch))
+            theirs = {point: theirs[name] for point, name in points.items()}
             loss = (1 - self.soft) * data.task.loss(logits, placed, self.label_smoothing)
             loss = loss + self.soft * data.task.divergence(logits, teacher, self.temperature)
             return loss + self.features * feature_error(mine, theirs) if self.features else loss
 
         return blended
 
-    def _points(self, model: PrunableModel) -> tuple[str, ...]:
-        return model.feature_points() if self.features else ()
+    def depends_on(self) -> dict[str, Any]:
+        """The teacher's weights, where it is another one than the dense model."""
+        return {"teacher": load_model(self.teacher).fingerprint()} if self.teacher is not None else {}
+
+
+def same_points(pruned: PrunableModel, dense: PrunableModel) -> dict[str, str]:
+    """Each feature point of a pruned model, and the dense model's for the same block; blocks may be gone."""
+    mine, theirs = pruned.feature_points(), dense.feature_points()
+    if len(pruned.block_origin) == len(dense.block_origin):
+        return dict(zip(mine, theirs, strict=True))
+    inside = [theirs[dense.block_origin.index(block)] for block in pruned.block_origin]
+    return dict(zip(mine, [*inside, *theirs[len(dense.blocks()) :]], strict=True))
 
 
 def feature_error(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:

@@ -83,8 +83,8 @@ class _Runner(threading.Thread):
 
     def stop_at(self, name: str, inputs: Tensor) -> None:
         """Add up what a linear reads, and wait; called by the thread itself."""
-        samples = len(next(iter(self.batch.values())))
-        self.sums[name].add(tokens_of(inputs, self.batch), samples)
+        batch = self.walk.batches[self.number]
+        self.sums[name].add(tokens_of(inputs, batch), len(next(iter(batch.values()))))
         self.at, self.inputs = name, inputs
         self.stopped.release()
         self.turn.acquire()
@@ -103,9 +103,8 @@ class _Runner(threading.Thread):
         self.turn.acquire()
         try:
             if not self.leaving:
-                self.batch = self.walk.placed(self.number)
                 with torch.no_grad():
-                    self.walk.model.logits(self.batch)
+                    self.walk.forward(self.walk.placed(self.number))
         except Enough:
             pass
         except BaseException as error:

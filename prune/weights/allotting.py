@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.base import Batch, PrunableModel
+from prune.sensitivity.allocation import removed_counts
 from prune.weights.allocation import alpha, global_counts, outlier_share, owl, tail_exponent, whole_counts
 from prune.weights.masks import Share
 from prune.weights.matrices import Matrix, linear_of
@@ -44,8 +45,11 @@ def _counts(
     method: "WeightSparsity", model: PrunableModel, matrices: Sequence[Matrix], batches: Sequence[Batch],
     device: torch.device,
 ) -> list[int]:  # fmt: skip
-    norms = _norms(model, matrices, batches, device, method.offload) if method.looks_at_data else {}
     sizes = [matrix.size for matrix in matrices]
+    if method.allotting not in ("global", "owl", "alpha"):
+        by_name = dict(zip((matrix.name for matrix in matrices), sizes, strict=True))
+        return list(removed_counts(method.allotting, by_name, method.ratio).values())
+    norms = _norms(method, model, matrices, batches, device) if method.looks_at_data else {}
 
     def scores(matrix: Matrix) -> Tensor:
         weight = linear_of(model.network, matrix.name).weight.detach()
@@ -72,10 +76,11 @@ def _exponent(model: PrunableModel, matrix: Matrix) -> float:
 
 
 def _norms(
-    model: PrunableModel, matrices: Sequence[Matrix], batches: Sequence[Batch], device: torch.device, offload: bool
-) -> dict[str, Tensor]:
+    method: "WeightSparsity", model: PrunableModel, matrices: Sequence[Matrix], batches: Sequence[Batch],
+    device: torch.device,
+) -> dict[str, Tensor]:  # fmt: skip
     """Norms of what every linear reads in the dense model, in one pass."""
-    walk, found = Walk(model, batches, device, offload), {}
+    walk, found = Walk(model, batches, device, method.offload), {}
     last = max(matrix.layer for matrix in matrices)
     for layer in range(last + 1):
         names = [matrix.name for matrix in matrices if matrix.layer == layer]

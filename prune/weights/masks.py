@@ -7,20 +7,20 @@ one with the lowest index goes first. Shapes: O outputs (rows), I inputs (column
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import floor, isfinite
+from functools import cache
+from math import floor
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from utils.errors import InputError, RunError
 
 Group = Literal["tensor", "row", "column"]
 Share = float | Fraction
 UNSTRUCTURED = "unstructured"
-# up to here, comparing all pairs of a group is faster than selecting
+# up to here, comparing the entries of a group with each other is faster than selecting
 PAIRWISE = 16
 # groups at a time that fit into a CPU's cache
 CHUNK = 1 << 16
@@ -84,18 +84,24 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     Returns:
         (rows, size), bool.
     """
-    if count == 0 or scores.shape[1] == count:
+    if count == 0 or scores.shape[1] == count or not len(scores):
         return torch.full_like(scores, count > 0, dtype=torch.bool)
     limit = _kth(scores, count)
+    if scores.device.type != "cpu":  # a look at the counts would wait for the device
+        return _first_of_ties(scores, limit, count)
     mask = scores <= limit
     if int(torch.count_nonzero(mask)) == count * len(mask):  # no ties at any limit
         return mask
+    crowded = mask.sum(dim=1) > count
+    mask[crowded] = _first_of_ties(scores[crowded], limit[crowded], count)
+    return mask
+
+
+def _first_of_ties(scores: Tensor, limit: Tensor, count: int) -> Tensor:
+    """What lies below each row's limit, and so many of those at it that there are `count`, the first ones."""
     below, equal = scores < limit, scores == limit
     missing = count - below.sum(dim=1, keepdim=True)
-    crowded = (equal.sum(dim=1, keepdim=True) > missing).flatten()
-    ties = equal[crowded]
-    equal[crowded] = ties & (ties.cumsum(dim=1, dtype=torch.int32) <= missing[crowded])
-    return below | equal
+    return below | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= missing))
 
 
 def _kth(scores: Tensor, count: int) -> Tensor:
@@ -110,6 +116,9 @@ def _kth(scores: Tensor, count: int) -> Tensor:
 def grouped_mask(scores: Tensor, share: Share, group: Group) -> Tensor:
     """Remove `floor(share * m)` of the m entries of every comparison group.
 
+    A share that is a `Fraction` tells exactly how many entries of the matrix go: what rounding down in
+    each group leaves is taken one by one from the first groups, all of which are of one size.
+
     Args:
         scores: (O, I).
         share: Fraction to remove, in [0, 1].
@@ -123,9 +132,23 @@ def grouped_mask(scores: Tensor, share: Share, group: Group) -> Tensor:
     """
     refuse_non_finite(scores)
     if group == "column":
-        return lowest(scores.T.contiguous(), removed_count(share, scores.shape[0])).T.contiguous()
+        return _lowest_in_all(scores.T.contiguous(), share).T.contiguous()
     flat = scores if group == "row" else scores.reshape(1, -1)  # (O, I) -> (1, O*I)
-    return lowest(flat, removed_count(share, flat.shape[1])).view_as(scores)
+    return _lowest_in_all(flat, share).view_as(scores)
+
+
+def _lowest_in_all(groups: Tensor, share: Share) -> Tensor:
+    """The lowest of every group, (groups, size); as many as the share says."""
+    total = removed_in(share, *groups.shape)
+    each, extra = divmod(total, max(len(groups), 1))
+    if not extra:
+        return lowest(groups, each)
+    return torch.cat([lowest(groups[:extra], each + 1), lowest(groups[extra:], each)])
+
+
+def removed_in(share: Share, groups: int, size: int) -> int:
+    """Entries that go from groups of one size, all together."""
+    return removed_count(share, groups * size) if isinstance(share, Fraction) else groups * removed_count(share, size)
 
 
 def pattern_mask(scores: Tensor, pattern: Pattern) -> Tensor:
@@ -141,32 +164,96 @@ def pattern_mask(scores: Tensor, pattern: Pattern) -> Tensor:
     Raises:
         RunError: If a score is NaN or infinite.
     """
-    refuse_non_finite(scores)
     groups = scores.reshape(-1, pattern.of)  # (O, I) -> (O * I/m, m)
-    if pattern.of > PAIRWISE:
-        return lowest(groups, pattern.zeros).view_as(scores)
-    chunk = CHUNK if scores.device.type == "cpu" else max(len(groups), 1)
-    return torch.cat([_lowest_few(part, pattern.zeros) for part in groups.split(chunk)]).view_as(scores)
+    if scores.device.type != "cpu":
+        refuse_non_finite(scores)
+        return lowest_few(groups.T, pattern.zeros).T.reshape(scores.shape)  # (m, O * I/m) -> (O, I)
+    mask = torch.empty_like(groups, dtype=torch.bool)
+    for part, found in zip(groups.split(CHUNK), mask.split(CHUNK), strict=True):
+        places = torch.stack(part.unbind(1))  # (m, groups)
+        refuse_non_finite(places)
+        np.stack(lowest_few(places, pattern.zeros).numpy(), axis=1, out=found.numpy())  # type: ignore[arg-type]
+    return mask.view_as(scores)
 
 
-def _lowest_few(groups: Tensor, count: int) -> Tensor:
-    """The same as `lowest` for short rows, (rows, size): every pair is compared."""
-    places = torch.stack(groups.unbind(1))  # (size, rows)
-    rank = torch.zeros_like(places, dtype=torch.uint8)  # how many go before; the arithmetic may wrap on its way
+def lowest_few(places: Tensor, count: int) -> Tensor:
+    """The same as `lowest` for many short rows that stand upright, (size, rows)."""
+    if len(places) > PAIRWISE:
+        return lowest(places.T.contiguous(), count).T
+    if places.device.type != "cpu":
+        return _ranked(places) < count
+    mask = places <= nth_lowest(places, count)
+    if int(torch.count_nonzero(mask)) != count * mask.shape[1]:  # ties at some limit
+        crowded = mask.sum(dim=0) > count
+        mask[:, crowded] = _ranked(places[:, crowded]) < count
+    return mask
+
+
+def nth_lowest(places: Tensor, count: int) -> Tensor:
+    """The `count`-th lowest of every column of (size, rows), (rows,): a sorting network, as far as it matters."""
+    values = list(places.unbind(0))
+    for low, high, smaller, larger in comparators(len(values), count - 1):
+        first, second = values[low], values[high]
+        if smaller:
+            values[low] = torch.minimum(first, second)
+        if larger:
+            values[high] = torch.maximum(first, second)
+    return values[count - 1]
+
+
+@cache
+def comparators(size: int, wanted: int) -> tuple[tuple[int, int, bool, bool], ...]:
+    """The part of Batcher's odd-even merge sort that one place of the sorted row depends on.
+
+    K. E. Batcher, Sorting networks and their applications, 1968; rows are thought of as filled up to a
+    power of two with what is larger than all, which no comparison moves.
+
+    Args:
+        size: Length of a row.
+        wanted: The place.
+
+    Returns:
+        Places to compare, the lower first, and whether the smaller and the larger of them are needed.
+    """
+    full = 1 << (size - 1).bit_length()
+    pairs = [
+        (start + i, start + i + step)
+        for merged in _powers_below(full)
+        for step in reversed(_powers_below(2 * merged))
+        for start in range(step % merged, full - step, 2 * step)
+        for i in range(step)
+        if start + i + step < size and (start + i) // (2 * merged) == (start + i + step) // (2 * merged)
+    ]
+    needed, kept = {wanted}, []
+    for low, high in reversed(pairs):
+        if low in needed or high in needed:
+            kept.append((low, high, low in needed, high in needed))
+            needed |= {low, high}
+    return tuple(reversed(kept))
+
+
+def _powers_below(limit: int) -> list[int]:
+    """1, 2, 4, … below a limit."""
+    return [1 << power for power in range((limit - 1).bit_length())]
+
+
+def _ranked(places: Tensor) -> Tensor:
+    """How many entries of a column of (size, rows) go before each one, uint8: every pair is compared."""
+    rank = torch.zeros_like(places, dtype=torch.uint8)  # the arithmetic may wrap on its way
     for place in range(len(places) - 1):
         first = (places[place] <= places[place + 1 :]).view(torch.uint8)
         rank[place + 1 :] += first
         rank[place] += len(first)
         for row in first:
             rank[place] -= row
-    return torch.stack((rank < count).unbind(0), dim=1)  # (size, rows) -> (rows, size)
+    return rank
 
 
-def refuse_non_finite(scores: Tensor) -> None:
-    """Raise a RunError if a score is NaN or infinite."""
-    if scores.numel() and not all(map(isfinite, map(float, scores.aminmax()))):
-        bad = int((~torch.isfinite(scores)).sum())
-        raise RunError(f"scores: {bad} of {scores.numel()} are NaN or infinite; every score must be finite")
+def refuse_non_finite(values: Tensor, what: str = "scores") -> None:
+    """Raise a RunError if a value is NaN or infinite; one look at the device."""
+    if values.numel() and not bool(torch.isfinite(torch.stack(values.aminmax())).all()):
+        bad = int((~torch.isfinite(values)).sum())
+        raise RunError(f"{what}: {bad} of {values.numel()} are NaN or infinite; all must be finite")
 
 
 def kth_lowest(parts: Sequence[Tensor], count: int) -> float:
@@ -188,14 +275,12 @@ def kth_lowest(parts: Sequence[Tensor], count: int) -> float:
 
 
 def packed(mask: Tensor) -> Tensor:
-    """Eight entries of a mask a byte, (ceil(entries / 8),), uint8."""
-    flat = mask.flatten()
-    padded = pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(dim=1, dtype=torch.uint8)
+    """Eight entries of a mask a byte, (ceil(entries / 8),), uint8, in main memory."""
+    return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy(), bitorder="little"))
 
 
 def unpacked(packed_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Undo `packed`."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed_mask.device)
-    bits = (packed_mask[:, None] >> places) & 1
-    return bits.flatten()[: torch.Size(shape).numel()].view(shape).bool()
+    """Undo `packed`, in main memory."""
+    entries = torch.Size(shape).numel()
+    bits = np.unpackbits(packed_mask.cpu().numpy(), count=entries, bitorder="little")
+    return torch.from_numpy(bits).view(shape).bool()

@@ -13,18 +13,20 @@ from data.base import DataBundle
 from models.base import PrunableModel
 from models.cost import CostModel
 from prune.base import MatrixPlan, Plan, Scores
+from prune.optin.precision import Precision
 from prune.ranking import ranking_key
 from prune.rewriting import Applied
+from prune.sensitivity.allocation import content_of
 from prune.weights import abreast, allocation, allotting, masks, matrices, sequential, statistics, walk
-from prune.weights.masks import UNSTRUCTURED, Pattern, Share, grouped_mask, pattern_mask, pattern_of, removed_count
+from prune.weights.masks import UNSTRUCTURED, Pattern, Share, grouped_mask, pattern_mask, pattern_of, removed_in
 from prune.weights.matrices import Matrix, Solved, prunable_matrices
 from prune.weights.sequential import block_files, rewritten, written
 from prune.weights.statistics import Statistic
 from utils.errors import InputError, RunError
-from utils.rules import NonNegative, Positive, Range, check_fields
+from utils.rules import ExistingPath, NonNegative, Positive, Range, check_fields
 from utils.storage import Store, folder_name, key_hash
 
-Allocation = Literal["uniform", "global", "owl", "alpha"]
+Allocation = Literal["uniform", "global", "owl", "alpha", "sensitivity"] | ExistingPath
 Schedule = Literal["block_sequential", "true_sequential", "one_forward", "dense"]
 Competing = Literal["tensor", "row", "column", "global"]
 # here, since the class has a field of the name of the first
@@ -45,12 +47,15 @@ class WeightSparsity(ABC):
         group: What competes: the whole `tensor`, a `row` (an output), a `column` (an input), or
             all tensors together (`global`); None takes the method's own.
         allocation: How much each matrix loses: the same (`uniform`), what falls below one threshold
-            (`global`), or by block from outliers (`owl`) or spectra (`alpha`).
+            (`global`), by block from outliers (`owl`) or spectra (`alpha`), or by the curves of a sensitivity
+            analysis: a file, or `sensitivity` to make one.
         schedule: Which model statistics come from: all blocks before pruned already
             (`block_sequential`), and also all linears before in the same block (`true_sequential`,
             or `one_forward`, the same in one pass that holds more memory), or the `dense` model.
         skip: Patterns of names to leave dense.
         offload: Keep only the current block on the device.
+        precision: What matrix products are computed in on passes that take statistics alone; statistics are summed,
+            and what the next block reads is computed, in float32.
         owl_multiple: A score above so many times the mean is an outlier.
         owl_spread: Largest deviation of a block's density.
         alpha_epsilon: Largest relative deviation of a block's sparsity.
@@ -63,6 +68,7 @@ class WeightSparsity(ABC):
     schedule: Schedule = "block_sequential"
     skip: tuple[str, ...] = ()
     offload: bool = False
+    precision: Precision = "float32"
     owl_multiple: Positive = 5.0
     owl_spread: NonNegative = 0.08
     alpha_epsilon: Annotated[float, Range(0, 1)] = 0.3
@@ -81,6 +87,11 @@ class WeightSparsity(ABC):
                 raise InputError(
                     f"prune.allocation={self.allocation}: must be uniform with prune.pattern={self.pattern}"
                 )
+        if self.precision != "float32" and self.schedule in ("one_forward", "dense"):
+            raise InputError(
+                f"prune.precision={self.precision}: must be float32 with prune.schedule={self.schedule}, "
+                "where no pass takes statistics alone"
+            )
         if self.group == "global" and self.allocation not in ("uniform", "global"):
             raise InputError(f"prune.allocation={self.allocation}: must be uniform or global with prune.group=global")
 
@@ -104,7 +115,7 @@ class WeightSparsity(ABC):
     def ranking_settings(self) -> dict[str, Any]:
         """All settings that weights depend on."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "offload"}
-        return found | {"skip": list(self.skip)}
+        return found | {"skip": list(self.skip), "allocation": content_of(self.allocation)}
 
     def check(self, costs: CostModel) -> None:  # noqa: B027
         """Settings were checked as they were given; matrices are in `plan`."""
@@ -170,7 +181,7 @@ class WeightSparsity(ABC):
         if self.chosen is not None:
             return int(matrix.size * self.chosen.share)
         groups = {"row": matrix.outputs, "column": matrix.inputs}.get(self.competing or "tensor", 1)
-        return groups * removed_count(share, matrix.size // groups)
+        return removed_in(share, groups, matrix.size // groups)
 
     def check_reached(self, matrix: Matrix, share: Share, removed: int) -> None:
         """Raise a RunError if a matrix did not lose what it had to."""
@@ -196,5 +207,9 @@ class WeightSparsity(ABC):
 
     def notes_on(self, facts: Mapping[str, Any]) -> list[str]:
         """What a reader should know of how it went."""
-        other = self.looks_at_data and self.schedule != "block_sequential"
-        return [f"Statistics by schedule={self.schedule}, not block by block as published."] if other else []
+        if not self.looks_at_data:
+            return []
+        other, coarse = self.schedule != "block_sequential", self.precision != "float32"
+        schedule = [f"Statistics by schedule={self.schedule}, not block by block as published."] if other else []
+        precision = f"Passes that take statistics alone computed their products in {self.precision}."
+        return [*schedule, *([precision] if coarse else [])]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data.base import DataBundle, fingerprint_of
 from models.base import PrunableModel
+from models.visiting import settle
 from prune.gates import calibration_of, undisturbed
 from prune.weights.abreast import staged
 from prune.weights.allotting import shares_of
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from prune.weights.method import WeightSparsity
 
 M = TypeVar("M", bound=PrunableModel)
+# integers as wide as a floating type
+WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def rewritten(method: "WeightSparsity", model: PrunableModel, data: DataBundle, scratch: Scratch) -> Artifact:
@@ -48,7 +51,7 @@ def rewritten(method: "WeightSparsity", model: PrunableModel, data: DataBundle, 
     facts: dict[str, Any] = {}
     with _working_copy(model, method.offload) as (copy, device), undisturbed(copy.network):
         shares = shares_of(method, copy, matrices, batches, device, scratch)
-        walk = Walk(copy, batches, device, method.offload) if method.looks_at_data else None
+        walk = Walk(copy, batches, device, method.offload, method.precision) if method.looks_at_data else None
         blocks = _Blocks(method, copy, walk, shares, scratch)
         last = max(matrix.layer for matrix in matrices)
         with progress_bar(method.name, last + 1) as advance:
@@ -134,9 +137,15 @@ def write(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         weight = linear_of(network, name).weight.data
         if tensor.dtype == torch.uint8:
-            weight.masked_fill_(unpacked(tensor.to(weight.device), tuple(weight.shape)), 0)
+            zero_where(weight, unpacked(tensor, tuple(weight.shape)).to(weight.device))
         else:
             weight.copy_(tensor)
+
+
+def zero_where(weight: Tensor, removed: Tensor) -> None:
+    """Put zeros, never negative ones, where a mask of the same shape says so, in place."""
+    # a product of whole numbers: several times as fast as a choice of random places, and no sign is left
+    weight.view(WHOLE[weight.element_size()]).mul_(~removed)
 
 
 def block_file(scratch: Path, layer: int) -> Path:
@@ -165,4 +174,4 @@ def _working_copy(model: M, offload: bool) -> Iterator[tuple[M, torch.device]]:
             model.network.to("cpu")
         yield model.copy(), device
     finally:
-        model.network.to(device)
+        settle(model, device)

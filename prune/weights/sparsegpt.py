@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune.weights.masks import Pattern, Share, lowest, pattern_mask, refuse_non_finite, removed_count
+from prune.weights.masks import Pattern, Share, lowest, lowest_few, refuse_non_finite, removed_count
 from prune.weights.matrices import Solved
 from prune.weights.method import WeightSparsity
 from prune.weights.statistics import Gram, Statistic
@@ -71,7 +71,12 @@ class SparseGPT(WeightSparsity):
         assert isinstance(statistic, Gram)
         factor = inverse_factor(statistic.gram(), self.percdamp)
         facts = {"damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
+        for weight in weights:
+            refuse_non_finite(weight, "weights")
         solutions = sparsegpt(weights, factor, shares, self.chosen, self.block_size)
+        # looked at once, and not with every block of columns: each look waits for the device
+        for solution in solutions:
+            refuse_non_finite(solution.weight, "updated weights")
         return [Solved(s.removed, s.weight, facts | {"error": float(s.loss.sum())}) for s in solutions]
 
     def notes_on(self, facts: Mapping[str, Any]) -> list[str]:
@@ -199,7 +204,6 @@ def _lowest_of_block(saliency: Tensor, rows: Sequence[int], shares: Sequence[Sha
     for part, share in zip(saliency.split(list(rows), dim=1), shares, strict=True):
         count = removed_count(share, part.shape[1] * stop) - removed_count(share, part.shape[1] * start)
         scores = part.T.contiguous()  # (O, columns): ties go to the lowest index of the layer's own order
-        refuse_non_finite(scores)
         masks.append(lowest(scores.reshape(1, -1), count).view_as(scores).T)  # (1, O*columns) -> (columns, O)
     return torch.cat(masks, dim=1)
 
@@ -224,8 +228,8 @@ def _sweep(block: Tensor, removed: Tensor, upper: Tensor, pattern: Pattern | Non
         stop = start + len(part)
         part.addmm_(upper[:start, start:stop].T, errors[:start], alpha=-1)
         if pattern is not None:
-            scores = (part * inverse[start:stop, None]).square().T.contiguous()
-            removed[start:stop] = pattern_mask(scores, pattern).T
+            scores = (part * inverse[start:stop, None]).square()
+            removed[start:stop] = lowest_few(scores, pattern.zeros)
         factors = removed[start:stop] * inverse[start:stop, None]  # 0 where a weight stays
         for column in range(start, stop):
             weight = block[column]

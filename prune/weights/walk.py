@@ -6,13 +6,15 @@ rotary tables and whatever else lies between blocks therefore stay the model's o
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.base import Batch, PrunableModel
+from models.visiting import move_all_but_blocks, visit
+from prune.optin.precision import Precision, computed_in
 from prune.weights.statistics import SquaredNorms, Statistic, tokens_of
 from utils.errors import InputError, RunError
 from utils.hooks import hooked, replaying
@@ -32,27 +34,29 @@ class Walk:
         batches: The calibration batches.
         device: Where to compute.
         offload: Keep only the current block there, the others in main memory.
+        precision: What products are computed in where a pass takes statistics alone; what goes on is float32.
     """
 
-    def __init__(self, model: PrunableModel, batches: Sequence[Batch], device: torch.device, offload: bool) -> None:
+    def __init__(
+        self, model: PrunableModel, batches: Sequence[Batch], device: torch.device, offload: bool,
+        precision: Precision = "float32",
+    ) -> None:  # fmt: skip
         self.model, self.batches, self.device, self.offload = model, batches, device, offload
+        self.precision: Precision = precision
         self.blocks = model.blocks()
         self.outputs: list[Any] = [None] * len(batches)
         # per block and batch, something of the shape that the block gave
         self._blanks: list[list[Any]] = []
         self._wiring: dict[tuple[type, tuple[str, ...]], list[tuple[str, ...]]] = {}
         if offload:
-            _move_all_but(model.network, self.blocks, device)
+            move_all_but_blocks(model, device)
 
     @contextmanager
     def resident(self, layer: int) -> Iterator[None]:
         """Keep a block on the device for the time of a `with`."""
         block = self.model.network.get_submodule(self.blocks[layer])
-        if self.offload:
-            block.to(self.device)
-        yield
-        if self.offload:
-            block.to("cpu")
+        with visit(block, self.device, bring_back=True) if self.offload else nullcontext():
+            yield
 
     @torch.no_grad()
     def statistics(
@@ -77,7 +81,7 @@ class Walk:
         linears = [(self.model.network.get_submodule(name), watch.hook(name)) for name in names]
         for number in range(len(self.batches)):
             batch = self.placed(number)
-            watch.start(batch)
+            watch.start(self.batches[number])
             with hooked(before=linears):
                 self._pass(layer, number, batch, keep=go_on)
         if go_on:
@@ -107,7 +111,7 @@ class Walk:
         """The same from a pass of the first batch; names are relative to the block."""
         watch = _Watch(SquaredNorms, first_stage=False, stop=False)
         batch = self.placed(0)
-        watch.start(batch)
+        watch.start(self.batches[0])
         with hooked(before=[(self.model.network.get_submodule(name), watch.hook(name)) for name in names]):
             self._pass(layer, 0, batch, keep=False)
         block = self.blocks[layer]
@@ -125,6 +129,11 @@ class Walk:
         """A calibration batch on the device."""
         return {name: tensor.to(self.device) for name, tensor in self.model.place(self.batches[number]).items()}
 
+    def forward(self, batch: Batch, keep: bool = True) -> None:
+        """Run the model's own forward on a batch on the device; a result that is kept is not rounded."""
+        with computed_in("float32" if keep else self.precision, self.device):
+            self.model.logits(batch)
+
     def _pass(self, layer: int, number: int, batch: Batch, keep: bool) -> None:
         """Run one batch through one block; an output that is kept is found in `outputs`."""
         network = self.model.network
@@ -137,7 +146,7 @@ class Walk:
 
         with replaying(network, answers), hooked(after=[(network.get_submodule(self.blocks[layer]), reached)]):
             try:
-                self.model.logits(batch)
+                self.forward(batch, keep)
             except Enough:
                 return
         raise InputError(f"model={self.model.name}: its forward does not call block {self.blocks[layer]}")
@@ -200,14 +209,3 @@ def _blank(output: Any) -> Any:
     if isinstance(output, Tensor):
         return output.new_zeros(()).expand(output.shape)
     return type(output)(map(_blank, output)) if isinstance(output, tuple | list) else output
-
-
-def _move_all_but(network: nn.Module, blocks: Sequence[str], device: torch.device) -> None:
-    """Move everything outside the blocks to a device, and the blocks to main memory."""
-    inside = {id(module) for name in blocks for module in network.get_submodule(name).modules()}
-    for module in network.modules():
-        target = torch.device("cpu") if id(module) in inside else device
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(target)
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(target))

@@ -1,0 +1,1 @@
+"""One file a tracker: where a run is logged beside its own folder."""

@@ -1,0 +1,1 @@
+"""Pruning with one ranking of everything a model has: single weights, or rows."""
