@@ -15,15 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from prune.optin.published_config import expanded
 from utils.cli import command, exit_codes, launch
-from utils.config import build
 from utils.from_python import configured, dated_folder
 
 if TYPE_CHECKING:
     from evals.report import Record
-
-# what a component from anywhere must be able to do
-METHOD, RECOVERY, METRIC, TRACKER = ("check", "rank", "plan", "apply"), ("recover",), ("measure",), ("log",)
-
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -31,7 +26,7 @@ CONFIGS = Path(__file__).parent / "configs"
 def run(
     cfg: DictConfig | Mapping[str, Any], out: Path | str | None = None, command: str = "python main.py"
 ) -> "Record":
-    """Score a model's units, keep the best within a budget, cut the rest away, measure both.
+    """Score a model's units, keep the best within a budget, cut the rest away, recover, measure dense and pruned.
 
     Args:
         cfg: The composed configuration, or an ordinary dictionary of overrides, which is composed and checked as the
@@ -45,69 +40,33 @@ def run(
     """
     if not isinstance(cfg, DictConfig):
         cfg, command = configured(cfg, CONFIGS, expanded)
-    out = dated_folder() if out is None else Path(out)
     # torch is imported only now, so that help and mistakes in the configuration answer at once
-    from data.base import prepared
-    from evals.base import refuse_unmeasurable
-    from evals.evaluate import evaluate
-    from evals.plots import draw_plots
     from evals.report import Record
-    from evals.summary import draw_summary, leave_sensitivity
-    from evals.token_pictures import draw_token_plots
-    from models.checkpoint import how_to_load, save_model
-    from models.checks import refuse_misfit, refuse_non_finite, refuse_untrained
-    from models.cost import cost_model
-    from models.pretrained import with_weights
-    from models.visiting import settle
-    from prune.latency import with_latency
-    from prune.rewriting import refuse_unreachable
+    from prune import recipe
     from prune.rounds import in_rounds
-    from utils.environment import describe_device, dtype_of, resolve_device, versions
-    from utils.seed import seed_everything
+    from utils.environment import versions
     from utils.storage import Store
 
+    out = dated_folder() if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, out / "config.yaml", resolve=True)
     record, store = Record.begin(cfg, versions(), command), Store(Path(cfg.storage))
     with record.kept_in(out):
         with record.phase("load"):
-            device = resolve_device(cfg.device)
-            record.device = describe_device(device)
-            seed_everything(cfg.seed)
-            method, recovery = build(cfg.prune, METHOD), build(cfg.recover, RECOVERY)
-            record.tracker = build(cfg.tracker, TRACKER)
-            source, model = build(cfg.data), build(cfg.model)
-            data = prepared(source, model, store)
-            record.source_notes = (model.notes, data.notes, getattr(method, "notes", ()))
-            settle(model, device, getattr(method, "offload", False))
-            refuse_untrained(model)
-            refuse_misfit(model, data)
-            metrics = {name: build(node, METRIC) for name, node in cfg.evals.items()}
-            refuse_unmeasurable(metrics, model, data)
-            record.method = method.name
-            costs = cost_model(model, data.example)
-            costs = with_latency(method, costs, model, data, store, dtype_of(cfg.dtype, model.dtype))
-            refuse_unreachable(method, model, costs)
+            parts = recipe.loaded(cfg, record, store)
         with record.phase("train"):
-            model, record.history = with_weights(model, data, store, cfg.seed)
-            model.network.to(dtype_of(cfg.dtype, model.dtype))
-            refuse_non_finite(model)
-        priced = partial(with_latency, method, data=data, store=store, dtype=dtype_of(cfg.dtype, model.dtype))
-        keep = partial(record.keep, out)
-        done = in_rounds(method, recovery, model, data, store, costs, cfg.seed, record, keep, priced)
-        plan, pruned, record.recovery = done.plan, done.recovered.model, done.recovered
-        with record.phase("recover"):
-            if cfg.save:
-                record.saved = how_to_load(save_model(pruned, out / "model"))
+            model = recipe.trained(cfg, parts, record, store)
+        done = in_rounds(
+            parts.method, parts.recovery, model, parts.data, store, parts.costs, cfg.seed, record,
+            partial(record.keep, out), parts.priced,
+        )  # fmt: skip
+        record.recovery = done.recovered
+        if cfg.save:
+            with record.phase("recover"):
+                record.saved = recipe.saved(done.recovered.model, out)
         with record.phase("evaluate"), record.watched():
-            between = [done.cut] if cfg.summary and done.cut is not pruned else []
-            models = [model] if pruned is model else [model, *between, pruned]
-            for found in evaluate(models, data, metrics, store):
-                record.add(found)
-        record.plots = draw_plots(plan, done.ranking.scores, record.history, done.recovered.history, out)
-        record.plots += draw_token_plots(pruned, data, record.pruned, out)
-        found, record.sections = leave_sensitivity(plan, out)
-        record.plots += found + (draw_summary(model, done.cut, pruned, plan, out) if cfg.summary else [])
+            recipe.measured(cfg, parts, model, done, record, store)
+        recipe.drawn(cfg, parts, model, done, record, out)
     return record
 
 

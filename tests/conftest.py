@@ -11,6 +11,9 @@ from omegaconf import DictConfig
 import utils.config  # noqa: F401  (registers the root of the configuration)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # a worker a core: with a thread a core each, they would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = (
