@@ -25,6 +25,12 @@ def refuse_beyond_context(model: PrunableModel, key: str, prompt: int, new: int,
     """Raise an InputError if a prompt and its continuation are longer than what the model reads."""
     assert isinstance(model, Decoding)
     most = model.context - new
+    if most < 1:
+        metric = key.rpartition(".")[0] if key.startswith("evals.") else key
+        raise InputError(
+            f"{metric}.new_tokens={new}: must be below the context of model={model.name} ({model.context}), "
+            "so that a prompt fits in front"
+        )
     if prompt > most:
         raise InputError(
             f"{key}={prompt}: {what} must be at most {most} tokens long, the context of model={model.name} "

@@ -63,7 +63,8 @@ function draw(chart) {
     margin: { l: 50, r: 15, t: 15, b: 40 }, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     xaxis: axis(view.x), yaxis: axis(view.y), shapes, showlegend: true, ...more,
   };
-  const shown = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  // a double click takes back a zoom; the bar of buttons would lie over the legend
+  const shown = { responsive: true, displayModeBar: false };
   Plotly.react(figure.querySelector(".plot"), view.traces.map(themed), layout, shown);
 }
 
