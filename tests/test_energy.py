@@ -160,7 +160,7 @@ def test_nvml_reads_millijoules_and_distrusts(library: Library, joules: float, p
 def test_bad_input() -> None:
     model, samples = causal("llama")
     with pytest.raises(InputError, match="evals.energy.prompt_tokens=30"):
-        Energy(prompt_tokens=30).check(model, bundle_of(samples))
+        Energy(prompt_tokens=30, new_tokens=4).check(model, bundle_of(samples))
     wrong: list[dict[str, Any]] = [{"country": "Germany"}, {"country": "deu"}, {"seconds": 0.0}, {"blocks": 0}]
     for settings in wrong:
         with pytest.raises(InputError):

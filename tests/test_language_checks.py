@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import models.pretrained
+import prune.recipe
 from data.base import Classification
 from data.language_modelling import LanguageModelling
 from data.regression import Regression
@@ -45,7 +45,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object) -> None:
         raise TrainedTooEarly
 
-    monkeypatch.setattr(models.pretrained, "with_weights", never)
+    monkeypatch.setattr(prune.recipe, "with_weights", never)
 
 
 CASES = [

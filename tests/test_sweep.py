@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,10 @@ def test_missing_and_damaged_results_are_rows_too(tmp_path: Path, capsys) -> Non
 def test_an_interrupted_sweep_keeps_its_table(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     wanted = ["recover=finetune", "recover.epochs=1,100000", "evals=[accuracy]", f"hydra.sweep.dir={sweep}"]
-    running = subprocess.Popen([sys.executable, str(ROOT / "main.py"), "-m", *FAST, *wanted], cwd=tmp_path)
+    # a shell that runs the tests in the background may have them ignore Ctrl-C, and their children with them
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    line = [sys.executable, str(ROOT / "main.py"), "-m", *FAST, *wanted]
+    running = subprocess.Popen(line, cwd=tmp_path, preexec_fn=heard)
     try:
         until(lambda: (sweep / "1" / "plan.json").is_file(), seconds=120)
         running.send_signal(signal.SIGINT)
