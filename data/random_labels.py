@@ -5,8 +5,8 @@ Nothing can be learnt here; accuracy is chance, 1 / classes. Only for reproducin
 
 import torch
 
-from data.base import Batch, Classification, DataBundle, TensorBatches, fingerprint_of
-from data.base import calibration_batches as calibration_sample
+from data.base import Batch, DataBundle
+from data.synthetic import synthetic_bundle
 from utils.rules import Count, Seed, Whole, checked
 
 NOTE = "The labels are random: accuracy can only be chance, whatever the model."
@@ -45,20 +45,7 @@ def random_labels(
         return {"inputs": inputs, "labels": torch.randint(classes, (count,), generator=generator)}
 
     validation, train = draw(validation_samples), draw(train_samples)
-    calibration = calibration_sample(train, calibration_batches, calibration_batch_size, seed)
-    return DataBundle(
-        name="random_labels",
-        domain="synthetic",
-        task=Classification(classes),
-        calibration=calibration,
-        train=TensorBatches(train, batch_size, shuffle_seed=seed),
-        train_samples=train_samples,
-        validation=TensorBatches(validation, batch_size),
-        example={"inputs": validation["inputs"][:1]},
-        fingerprints={
-            "train": fingerprint_of(*train.values(), batch_size, seed),
-            "calibration": fingerprint_of(*(t for batch in calibration for t in batch.values())),
-            "validation": fingerprint_of(*validation.values(), batch_size),
-        },
-        notes=(NOTE,),
-    )
+    return synthetic_bundle(
+        "random_labels", classes, train, validation, batch_size=batch_size,
+        calibration=(calibration_batches, calibration_batch_size), seed=seed, notes=(NOTE,),
+    )  # fmt: skip

@@ -6,8 +6,8 @@ means something; chance is 1 / classes.
 
 import torch
 
-from data.base import Batch, Classification, DataBundle, TensorBatches, fingerprint_of
-from data.base import calibration_batches as calibration_sample
+from data.base import Batch, DataBundle
+from data.synthetic import synthetic_bundle
 from utils.rules import Count, NonNegative, Seed, Whole, checked
 
 
@@ -48,19 +48,7 @@ def random_tokens(
         return {"inputs": noise + signal * directions[labels][:, None], "labels": labels}
 
     train, validation = draw(train_samples), draw(validation_samples)
-    calibration = calibration_sample(train, calibration_batches, calibration_batch_size, seed)
-    return DataBundle(
-        name="random_tokens",
-        domain="synthetic",
-        task=Classification(classes),
-        calibration=calibration,
-        train=TensorBatches(train, batch_size, shuffle_seed=seed),
-        train_samples=train_samples,
-        validation=TensorBatches(validation, batch_size),
-        example={"inputs": validation["inputs"][:1]},
-        fingerprints={
-            "train": fingerprint_of(*train.values(), batch_size, seed),
-            "calibration": fingerprint_of(*(t for batch in calibration for t in batch.values())),
-            "validation": fingerprint_of(*validation.values(), batch_size),
-        },
-    )
+    return synthetic_bundle(
+        "random_tokens", classes, train, validation, batch_size=batch_size,
+        calibration=(calibration_batches, calibration_batch_size), seed=seed,
+    )  # fmt: skip
