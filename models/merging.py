@@ -9,6 +9,7 @@ E and O matched tokens at even and odd positions, r tokens merged away.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,10 @@ from torch.nn.functional import normalize
 from utils.errors import InputError, RunError
 
 Half = Literal["mlp", "attention"]
+Metric = Literal["keys", "tokens"]
+SETTINGS = ("merged", "before", "proportional", "metric", "importance", "growth")
+# what schedules written before these settings mean
+ADDED: Mapping[str, Any] = {"metric": "keys", "importance": 0.0, "growth": 0.0}
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,19 @@ class Reduction:
         before: Half of the block that the merge comes before. Before the attention, a block matches
             by the keys of the block before it, so that the first block merges nothing.
         proportional: Whether attention logits gain the logarithm of each key's size.
+        metric: What tokens are compared by: the mean over heads of their `keys`, or the `tokens` themselves.
+        importance: How much it speaks against a pair that the class token attends to its members: the similarity is
+            lowered by this, times what each gets of that attention by member, as a multiple of the mean.
+        growth: How much it speaks against a pair that it stands for many tokens: the similarity is lowered by
+            this, times the logarithm of their number.
     """
 
     merged: tuple[int, ...]
     before: Half = "mlp"
     proportional: bool = True
+    metric: Metric = "keys"
+    importance: float = 0.0
+    growth: float = 0.0
 
     def __post_init__(self) -> None:
         if bad := [r for r in self.merged if type(r) is not int or r < 0]:
@@ -42,6 +55,11 @@ class Reduction:
             raise InputError(f"before={self.before!r}: must be mlp or attention")
         if type(self.proportional) is not bool:
             raise InputError(f"proportional={self.proportional!r}: must be true or false")
+        if self.metric not in ("keys", "tokens"):
+            raise InputError(f"metric={self.metric!r}: must be keys or tokens")
+        for name, weight in (("importance", self.importance), ("growth", self.growth)):
+            if type(weight) not in (int, float) or not 0 <= weight < inf:
+                raise InputError(f"{name}={weight!r}: must be a number of at least 0")
         if self.before == "attention" and self.merged and self.merged[0]:
             raise InputError(
                 f"merged={list(self.merged)}: before the attention the first block must merge 0 tokens, "
@@ -65,16 +83,17 @@ class Reduction:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"merged": list(self.merged), "before": self.before, "proportional": self.proportional}
+        return {name: getattr(self, name) for name in SETTINGS} | {"merged": list(self.merged)}
 
     @classmethod
     def from_json(cls, found: Any) -> "Reduction":
         """Undo `to_json`; refuses anything else with an InputError."""
-        if not isinstance(found, Mapping) or found.keys() != {"merged", "before", "proportional"}:
-            raise InputError("a token reduction has the keys merged, before and proportional, and no other")
-        if not isinstance(found["merged"], list):
-            raise InputError(f"merged={found['merged']!r}: must be a list")
-        return cls(tuple(found["merged"]), found["before"], found["proportional"])
+        whole = {**ADDED, **found} if isinstance(found, Mapping) else {}
+        if whole.keys() != set(SETTINGS):
+            raise InputError(f"a token reduction has the keys {', '.join(SETTINGS)}, and no other")
+        if not isinstance(whole["merged"], list):
+            raise InputError(f"merged={whole['merged']!r}: must be a list")
+        return cls(**{**whole, "merged": tuple(whole["merged"])})
 
 
 def mergeable(tokens: int, protected: int) -> int:
@@ -116,7 +135,7 @@ class Matching:
 
 
 @torch.no_grad()
-def match(metric: Tensor, r: int, protected: int) -> Matching:
+def match(metric: Tensor, r: int, protected: int, against: Tensor | None = None) -> Matching:
     """Pair each even token with the most similar odd one and take the r most similar pairs.
 
     Similarity is the cosine of the metric. Equal ones go by the lower position, so that the
@@ -126,17 +145,37 @@ def match(metric: Tensor, r: int, protected: int) -> Matching:
         metric: Features to compare tokens by, (B, T, D).
         r: Pairs to merge, at most `mergeable(T, protected)`.
         protected: Tokens in front that neither propose nor are proposed to.
+        against: What the similarity of each pair of an even and an odd token is lowered by, (B, all even, all odd).
     """
     most = mergeable(metric.shape[1], protected)
     if not 0 <= r <= most:
         raise ValueError(f"r={r}: must be in [0, {most}] for {metric.shape[1]} tokens, {protected} of them protected")
     unit = normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
     alike = unit[:, ::2] @ unit[:, 1::2].mT  # (B, T, D) -> (B, all even, all odd)
+    alike = alike if against is None else alike - against
     alike = alike[:, (protected + 1) // 2 :, protected // 2 :]  # (B, E, O)
     strength, partner = alike.max(dim=-1)  # (B, E)
     order = strength.argsort(dim=-1, descending=True, stable=True)
     gone = order[:, :r]
     return Matching(order[:, r:].sort(dim=-1).values, gone, partner.gather(1, gone), protected)
+
+
+def reluctance(reduction: Reduction, size: Tensor, attention: Tensor | None) -> Tensor | None:
+    """What speaks against merging each pair, (B, all even, all odd); None for nothing.
+
+    Args:
+        reduction: Says how much importance and growth count.
+        size: How many of the first tokens each one stands for, (B, T, 1).
+        attention: What the class token gives to each of them, (B, T); None where importance does not count.
+    """
+    found = None
+    if reduction.growth:
+        found = reduction.growth * (size[:, ::2] + size[:, 1::2].mT).log()
+    if reduction.importance and attention is not None:
+        by_member = attention / attention.mean(dim=1, keepdim=True) / size[..., 0]
+        pairs = reduction.importance * (by_member[:, ::2, None] + by_member[:, None, 1::2])
+        found = pairs if found is None else found + pairs
+    return found
 
 
 def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
@@ -189,16 +228,17 @@ class Flow:
         self.reduction, self.protected, self.averaged = reduction, protected, averaged
         self.size: Tensor | None = None
         self._keys: Tensor | None = None
+        self._attention: Tensor | None = None
         self._layer = -1
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy starts anew, also from a pass that broke off
-        return vars(self) | {"size": None, "_keys": None, "_layer": -1}
+        return vars(self) | {"size": None, "_keys": None, "_attention": None, "_layer": -1}
 
     def enter(self, x: Tensor, layer: int) -> Tensor:
         """Begin a block: (B, T, D), with fewer tokens if it merges before its attention."""
         if layer == 0:
-            self.size = self._keys = None
+            self.size = self._keys = self._attention = None
         elif layer != self._layer + 1:
             raise RunError(
                 f"block {layer} ran after block {self._layer}: blocks of a network that merges tokens must run "
@@ -220,7 +260,7 @@ class Flow:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dense: Callable[[Tensor | None], Tensor]) -> Tensor:
         """Mix values (B, H, T, dh) by the network's own attention, each token counted by its size."""
-        self.note_keys(k)
+        self._note(q, k, scale)
         return dense(self.bias(q))
 
     def bias(self, x: Tensor) -> Tensor | None:
@@ -229,16 +269,25 @@ class Flow:
             return None
         return self.size.log().to(x.dtype)[:, None, None, :, 0]  # (B, T, 1) -> (B, 1, 1, T)
 
-    def note_keys(self, keys: Tensor) -> None:
-        """Keep what the next merge compares tokens by: the mean over heads of keys (B, H, T, dh).
+    def _note(self, q: Tensor, k: Tensor, scale: float) -> None:
+        """Keep what the next merge looks at: the mean over heads of keys (B, H, T, dh), the class token's attention.
 
-        An attention that has lost all heads has no keys; tokens are then compared by themselves.
+        An attention that has lost all heads has neither; tokens are then compared by themselves.
         """
         merged = self.reduction.merged
         following = self._layer + (self.reduction.before == "attention")
-        wanted = following < len(merged) and merged[following] > 0 and keys.shape[1] > 0
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        self._keys = keys.detach().mean(dim=1, dtype=wide) if wanted else None
+        wanted = following < len(merged) and merged[following] > 0 and k.shape[1] > 0
+        wide = torch.promote_types(k.dtype, torch.float32)
+        by_keys = wanted and self.reduction.metric == "keys"
+        self._keys = k.detach().mean(dim=1, dtype=wide) if by_keys else None
+        self._attention = self._of_class_token(q, k, scale) if wanted and self.reduction.importance else None
+
+    def _of_class_token(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """What the first token attends to, the mean over heads, (B, T), float32 at least."""
+        logits = (q.detach()[:, :, :1] * scale) @ k.detach().mT  # (B, H, 1, T)
+        bias = self.bias(q)
+        logits = logits if bias is None else logits + bias
+        return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(dim=1)[:, 0]
 
     def mean(self, x: Tensor, front: int) -> Tensor:
         """Mean over the tokens behind the first `front`, by size: (B, T, D) -> (B, D)."""
@@ -252,10 +301,12 @@ class Flow:
     def _merged(self, x: Tensor) -> Tensor:
         r = min(self.reduction.merged[self._layer], mergeable(x.shape[1], self.protected))
         keys, self._keys = self._keys, None
+        attention, self._attention = self._attention, None
         if r == 0:
             return x
         size = self.size
         if size is None:
             size = x.new_ones((*x.shape[:2], 1), dtype=torch.promote_types(x.dtype, torch.float32))
-        x, self.size = merge(x, size, match(x if keys is None else keys, r, self.protected))
+        against = reluctance(self.reduction, size, attention)
+        x, self.size = merge(x, size, match(x if keys is None else keys, r, self.protected, against))
         return x

@@ -99,15 +99,18 @@ class TokenCosts:
         return found
 
     def matching(self, reduction: Reduction) -> int:
-        """MACs of comparing even with odd tokens, in the blocks that merge any."""
+        """MACs of comparing even with odd tokens, and of asking the class token, in the blocks that merge any."""
         entering = [self.tokens, *(left for _, left in self.counts(reduction))]
         # before the attention, keys are those of the block before
         shift = int(reduction.before == "attention")
-        return sum(
-            self.blocks[layer - shift].match * (n // 2) * ((n + 1) // 2)
-            for layer, (n, left) in enumerate(zip(entering, entering[1:], strict=False))
-            if left < n
-        )
+        found = 0
+        for layer, (n, left) in enumerate(zip(entering, entering[1:], strict=False)):
+            if left < n:
+                block = self.blocks[layer - shift]
+                features = block.match if reduction.metric == "keys" else block.width
+                found += features * (n // 2) * ((n + 1) // 2)
+                found += block.pairs // 2 * n * bool(reduction.importance)
+        return found
 
 
 def why_no_token_costs(model: PrunableModel, dropped: bool = False) -> str | None:

@@ -1,6 +1,7 @@
 """Merging tokens: the maths against slow loops, and networks that merge against networks written out."""
 
 from collections.abc import Callable
+from math import log
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,9 @@ SCHEDULES = {
     "plain": Reduction((3, 2, 1), proportional=False),
     "attention": Reduction((0, 5, 2), "attention"),
     "capped": Reduction((99, 99, 99)),
+    "tokens": Reduction((3, 0, 4), metric="tokens", growth=0.5),
+    "weighed": Reduction((3, 2, 4), importance=0.4, growth=0.3),
+    "weighed_before": Reduction((0, 3, 4), "attention", metric="tokens", importance=0.4),
 }
 
 
@@ -78,13 +82,15 @@ def merging(model: PrunableModel, reduction: Reduction) -> PrunableModel:
     return twin
 
 
-def slow_merge(metric: Tensor, x: Tensor, size: list[float], r: int, front: int) -> tuple[Tensor, list[float]]:
+def slow_merge(
+    metric: Tensor, x: Tensor, size: list[float], r: int, front: int, against: Callable[[int, int], float] | None = None
+) -> tuple[Tensor, list[float]]:
     """One sample, one token at a time."""
     even = [i for i in range(len(x)) if i % 2 == 0 and i >= front]
     odd = [i for i in range(len(x)) if i % 2 == 1 and i >= front]
     offers = []
     for i in even:
-        alike = [float(cosine_similarity(metric[i], metric[j], dim=0)) for j in odd]
+        alike = [float(cosine_similarity(metric[i], metric[j], dim=0)) - (against(i, j) if against else 0) for j in odd]
         best = max(range(len(odd)), key=lambda k: alike[k])  # the first of equals
         offers.append((-alike[best], i, odd[best]))
     members: dict[int, list[int]] = {i: [i] for i in range(len(x))}
@@ -163,8 +169,8 @@ def test_a_schedule_survives_json() -> None:
             Reduction.from_json(damaged)
 
 
-def softmax_attention(attention: nn.Module, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of one sample written out, each key `size` times; also the mean keys, (T, dh)."""
+def softmax_attention(attention: nn.Module, x: Tensor, size: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Attention of one sample written out, each key `size` times; the mean keys (T, dh), and the first row's mean."""
     if hasattr(attention, "qkv"):
         q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)  # type: ignore[operator,union-attr]
         q, k = attention.q_norm(q), attention.k_norm(k)  # type: ignore[operator]
@@ -175,30 +181,45 @@ def softmax_attention(attention: nn.Module, x: Tensor, size: Tensor) -> tuple[Te
         out, gate = attention.out, None
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
     weights = torch.exp(scores - scores.amax(-1, keepdim=True)) * size
-    mixed = torch.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdim=True), v).flatten(1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    mixed = torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
     mixed = mixed if gate is None else mixed * gate(x).sigmoid()  # type: ignore[operator]
-    return out(mixed), k.mean(1)  # type: ignore[operator]
+    return out(mixed), (k.mean(1), weights[:, 0].mean(0))  # type: ignore[operator]
 
 
-def slow_block(block: nn.Module, x: Tensor, size: list[float], keys: Tensor | None, r: int, model: PrunableModel):
-    """One block on one sample, every step written out; gives tokens, sizes and mean keys."""
+Looked = tuple[Tensor, Tensor]
+
+
+def slow_step(x: Tensor, size: list[float], looked: Looked, r: int, how: Reduction, front: int):
+    """Merge the tokens of one sample by what the attention before showed."""
+    keys, row = looked
+    shares = [float(a / row.mean()) / s for a, s in zip(row, size, strict=True)]
+
+    def against(i: int, j: int) -> float:
+        return how.growth * log(size[i] + size[j]) + how.importance * (shares[i] + shares[j])
+
+    return slow_merge(keys if how.metric == "keys" else x, x, size, r, front, against)
+
+
+def slow_block(block: nn.Module, x: Tensor, size: list[float], looked: Looked | None, r: int, model: PrunableModel):
+    """One block on one sample, every step written out; gives tokens, sizes, and what the next merge looks at."""
     how, front = model.reduction, model.protected_tokens
     assert isinstance(how, Reduction)
     r = min(r, (len(x) - front) // 2)
     if how.before == "attention" and r:
-        assert keys is not None
-        x, size = slow_merge(keys, x, size, r, front)
+        assert looked is not None
+        x, size = slow_step(x, size, looked, r, how, front)
     weights = torch.tensor(size, dtype=x.dtype) if how.proportional else torch.ones(len(x), dtype=x.dtype)
     toy, post = hasattr(block, "attention"), not hasattr(block, "ls1") and not hasattr(block, "attention")
     attention = block.attention if toy else block.attn
-    added, keys = softmax_attention(attention, x if post else block.norm1(x), weights)  # type: ignore[operator,arg-type]
+    added, looked = softmax_attention(attention, x if post else block.norm1(x), weights)  # type: ignore[operator,arg-type]
     x = x + (added if toy else block.norm1(added) if post else block.ls1(added))  # type: ignore[operator]
     if how.before == "mlp" and r:
-        x, size = slow_merge(keys, x, size, r, front)
+        x, size = slow_step(x, size, looked, r, how, front)
     if toy:
-        return x + block.fc2(nn.functional.gelu(block.fc1(block.norm2(x)))), size, keys  # type: ignore[operator]
+        return x + block.fc2(nn.functional.gelu(block.fc1(block.norm2(x)))), size, looked  # type: ignore[operator]
     x = x + (block.norm2(block.mlp(x)) if post else block.ls2(block.mlp(block.norm2(x))))  # type: ignore[operator]
-    return x, size, keys
+    return x, size, looked
 
 
 def slow_logits(model: PrunableModel, samples: Batch) -> Tensor:
@@ -209,9 +230,9 @@ def slow_logits(model: PrunableModel, samples: Batch) -> Tensor:
             x = model.network.norm_pre(model.network._pos_embed(model.network.patch_embed(image[None])))[0]
         else:
             x = torch.cat([network.cls, network.embed(image[None])], 1)[0] + network.position[0]  # type: ignore
-        size, keys = [1.0] * len(x), None
+        size, looked = [1.0] * len(x), None
         for block, r in zip(network.blocks, model.reduction.merged, strict=True):  # type: ignore
-            x, size, keys = slow_block(block, x, size, keys, r, model)
+            x, size, looked = slow_block(block, x, size, looked, r, model)
         found.append(slow_head(model, network.norm(x), size))  # type: ignore[operator]
     return torch.stack(found)
 
@@ -230,6 +251,10 @@ def slow_head(model: PrunableModel, x: Tensor, size: list[float]) -> Tensor:
 @torch.inference_mode()
 def test_a_network_that_merges_is_the_one_written_out(made: tuple[PrunableModel, Batch], schedule: Reduction) -> None:
     model, samples = made
+    if schedule.importance and not model.class_token:
+        with pytest.raises(InputError, match="importance=0.4: must be 0 for a model without a class token"):
+            merging(model, schedule)
+        return
     model.network.double()
     samples = {"inputs": samples["inputs"].double()}
     dense, small = logits(model, samples), merging(model, schedule)
@@ -238,6 +263,17 @@ def test_a_network_that_merges_is_the_one_written_out(made: tuple[PrunableModel,
     assert (found - dense).abs().max() > 1e-4, "merging must bite, or the test shows nothing"
     assert torch.equal(logits(model, samples), dense), "the model itself stays as it was"
     assert torch.equal(logits(small, samples), found), "nothing of a pass stays for the next"
+
+
+@torch.inference_mode()
+def test_importance_and_growth_choose_other_pairs(made: tuple[PrunableModel, Batch]) -> None:
+    model, samples = made
+    plain = logits(merging(model, Reduction((3, 3, 3))), samples)
+    found = [logits(merging(model, Reduction((3, 3, 3), growth=2.0)), samples)]
+    found += [logits(merging(model, Reduction((3, 3, 3), metric="tokens")), samples)]
+    if model.class_token:
+        found.append(logits(merging(model, Reduction((3, 3, 3), importance=2.0)), samples))
+    assert all((other - plain).abs().max() > 1e-5 for other in found)
 
 
 def test_sizes_matter_to_attention_and_to_the_average(made: tuple[PrunableModel, Batch]) -> None:

@@ -54,7 +54,7 @@ def test_the_closed_form_is_what_a_merging_network_costs(name: str) -> None:
     for model in (dense, cut(dense, random_plan(dense, 0)), cut(dense, emptied)):
         costs = token_costs(model, example)
         assert costs.of(Reduction((0, 0, 0))) == cost_model(model, example).total("macs")
-        for schedule in SCHEDULES.values():
+        for schedule in (s for s in SCHEDULES.values() if model.class_token or not s.importance):
             small = merging(model, schedule)
             executed = cost_model(small, example)
             assert executed.total("macs") == costs.of(schedule) < costs.of(Reduction((0, 0, 0)))

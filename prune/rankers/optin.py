@@ -11,28 +11,26 @@ from data.base import DataBundle
 from models.base import PrunableModel
 from models.cost import CostModel
 from prune.base import Method, Plan, Scores
-from prune.normalize import normalized
-from prune.optin import candidates, exact, losses, precision, sketch, teacher, tokens, trajectory
+from prune.optin import candidates, exact, graph, losses, precision, sketch, teacher, tokens, trajectory
 from prune.optin.combine import Loss, combined, decayed
+from prune.optin.compat import why_not_counted
 from prune.optin.exact import exact_losses
 from prune.optin.facts import facts_of, has_pads
 from prune.optin.precision import Precision
 from prune.optin.published import PUBLISHED, content_hash, find_published, published_scores
 from prune.optin.published_config import from_published
 from prune.optin.released import Released, released_plan
-from prune.optin.search import two_kinds
 from prune.optin.sketch import sketched_losses
 from prune.optin.teacher import Settings, refuse_without_trajectory
-from prune.search import select_units
 from prune.structural import Structural
 from utils.errors import InputError
 from utils.rules import Count, ExistingPath, NonNegative, Positive, Seed
 from utils.storage import Scratch
 
-CODE = (candidates, exact, losses, precision, sketch, teacher, tokens, trajectory)
+CODE = (candidates, exact, graph, losses, precision, sketch, teacher, tokens, trajectory)
 SEARCHED = frozenset({
     "loss", "lambda_c", "constant", "head_decay", "neuron_decay", "token_decay", "last_head_decay",
-    "last_neuron_decay", "token_envelope", "aggregate", "head_final", "neuron_final", "search", "memory_gb",
+    "last_neuron_decay", "token_envelope", "aggregate", "head_final", "neuron_final", "memory_gb",
     "published",
 })  # fmt: skip
 # so few units, each once a calibration batch, are masked one by one in seconds
@@ -72,7 +70,6 @@ class Optin(Structural):
         aggregate: Whether distances are sums or means over the Gram (compat mode).
         head_final: Whether heads of the last layer are judged by its own feature point (compat mode).
         neuron_final: The same for neurons.
-        search: `greedy` by score per cost, or `optin`, the top heads and the neurons that fit (clean mode).
     """
 
     mode: Literal["clean", "compat"] = "clean"
@@ -97,7 +94,6 @@ class Optin(Structural):
     aggregate: Literal["sum", "mean"] = "sum"
     head_final: bool = True
     neuron_final: bool = True
-    search: Literal["greedy", "optin"] = "greedy"
 
     search_fields = Structural.search_fields | SEARCHED
     ranking_code = CODE
@@ -133,6 +129,8 @@ class Optin(Structural):
         few = sum(group.count for group in model.unit_groups()) * len(data.calibration) <= FEW_PASSES
         chosen = "exact" if few or self.mode == "compat" else "sketch"
         method = replace(self, engine=chosen) if self.engine == "auto" else self
+        if self.mode == "compat" and (why := why_not_counted(model)):
+            raise InputError(f"prune.mode=compat: {why}; use prune.mode=clean")
         if self.mode == "clean" or self.rankings is not None:
             return method
         found = find_published(root, data.domain, data.name, model.name)
@@ -175,12 +173,6 @@ class Optin(Structural):
         groups, layers = self._scored(model), len(model.blocks())
         joined = combined(scores.terms, groups, layers, self.loss, self.lambda_c, self.constant)
         return decayed(joined, groups, layers, *self._decays())
-
-    def select(self, scores: Mapping[str, Tensor], costs: CostModel) -> dict[str, Tensor]:
-        """Kept units by the chosen search."""
-        search = two_kinds if self.search == "optin" else select_units
-        units = {name: scores[name] for name in costs.counts}
-        return search(normalized(units, self.normalize), costs, self._budget)
 
     def plan(self, model: PrunableModel, scores: Scores, costs: CostModel) -> Plan:
         """Keep the best units within the budget."""

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from data.base import DataBundle
-from models.base import PrunableModel, UnitGroup
+from models.base import Batch, PrunableModel, UnitGroup
 from prune.base import Scores
-from prune.gates import calibration_of, gate_gradients, undisturbed
+from prune.gates import calibration_of, gate_gradients, loss_gradients, undisturbed
 from prune.structural import Structural
+from utils.distributed import divided
+from utils.memory import Portions
 from utils.progress import progress_bar
 
 
@@ -79,15 +81,18 @@ def absolute_sums(model: PrunableModel, data: DataBundle) -> dict[str, Tensor]:
     groups = [group for group in model.unit_groups() if group.count]
     weights = [model.network.get_parameter(f"{group.consumer.module}.weight") for group in groups]
     sums = {group.name: torch.zeros(group.count) for group in model.unit_groups()}
+    portions = Portions("taylor_abs")
     with undisturbed(model.network), progress_bar("taylor_abs", len(batches)) as advance:
-        for batch in batches:
-            placed = model.place(batch)
-            with torch.enable_grad():
-                for weight in weights:
-                    weight.requires_grad_(True)
-                loss = data.task.loss(model.logits(placed), placed)
-                gradients = torch.autograd.grad(loss, weights, materialize_grads=True) if weights else ()
-            for group, weight, gradient in zip(groups, weights, gradients, strict=True):
-                sums[group.name] += column_sums(weight.detach() * gradient, group).cpu()
+
+        def terms(batch: Batch) -> tuple[dict[str, Tensor], None]:
+            for weight in weights:
+                weight.requires_grad_(True)
+            gradients = loss_gradients(model, data.task, batch, weights, portions) if weights else ()
             advance("")
+            products = zip(groups, weights, gradients, strict=True)
+            return {g.name: column_sums(w.detach() * gradient, g).cpu() for g, w, gradient in products}, None
+
+        for found, _ in divided(batches, terms):
+            for name, values in found.items():
+                sums[name] += values
     return sums

@@ -14,9 +14,11 @@ from models.base import Batch, PrunableModel
 from models.keeping import Keeping
 from models.keeping_flow import KeepingFlow, Listener, flow_of, watched_tokens
 from models.token_cost import TokenCosts
+from prune.repair.batches import at_most, largest
 from prune.tokens.rules import Above
 from prune.tokens.selection import spread, threshold_at
 from utils.errors import InputError
+from utils.memory import restarted
 
 # below this part of their median, scores tell tokens apart by rounding alone
 LEAST_SPREAD = 1e-3
@@ -73,9 +75,14 @@ def listening(model: PrunableModel, keeping: Keeping, listener: Listener | None)
         yield flow
 
 
-@torch.inference_mode()
 def scores_at(model: PrunableModel, batches: Sequence[Batch], keeping: Keeping, layer: int) -> Tensor:
     """All scores of eligible tokens at one block, with earlier blocks already dropping, (N,)."""
+    most = largest(batches)
+    return restarted("token scores", most, lambda size: _scores_at(model, at_most(batches, size), keeping, layer))
+
+
+@torch.inference_mode()
+def _scores_at(model: PrunableModel, batches: Sequence[Batch], keeping: Keeping, layer: int) -> Tensor:
     found: list[Tensor] = []
 
     def listen(block: int, scores: Tensor, eligible: Tensor) -> None:
@@ -118,7 +125,6 @@ def calibrated(
     return keeping_of(tuple(thresholds))
 
 
-@torch.inference_mode()
 def measured(model: PrunableModel, batches: Sequence[Batch], keeping: Keeping, scored: bool = True) -> Measured:
     """Run calibration samples through a model that drops tokens.
 
@@ -128,6 +134,12 @@ def measured(model: PrunableModel, batches: Sequence[Batch], keeping: Keeping, s
         keeping: What to drop.
         scored: Whether scores come from the data, so that their spread says something.
     """
+    most = largest(batches)
+    return restarted("token counts", most, lambda size: _measured(model, at_most(batches, size), keeping, scored))
+
+
+@torch.inference_mode()
+def _measured(model: PrunableModel, batches: Sequence[Batch], keeping: Keeping, scored: bool) -> Measured:
     seen: dict[int, list[Tensor]] = {layer: [] for layer in keeping.layers}
 
     def listen(block: int, scores: Tensor, eligible: Tensor) -> None:

@@ -1,7 +1,8 @@
 """How many tokens each block merges away: pure functions from settings to a list with one entry a block."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from math import floor
 
 from models.merging import Reduction, mergeable
@@ -10,6 +11,9 @@ from prune.budget import Budget
 from utils.errors import InputError
 
 Schedule = tuple[int, ...]
+GivenOut = tuple[Callable[[int], Schedule], int]
+# how finely a share of tokens is chosen
+STEPS = 1000
 
 
 def linear(r: int, inflection: float, blocks: int) -> Schedule:
@@ -42,6 +46,19 @@ def even(total: int, blocks: int) -> Schedule:
     return tuple(each + (layer < more) for layer in range(blocks))
 
 
+def tilted(total: int, inflection: float, blocks: int) -> Schedule:
+    """`total` given out along a line from `1 - inflection` in the first block to `1 + inflection` in the last.
+
+    What has been given out up to any block never falls as `total` grows.
+    """
+    if not inflection:
+        return even(total, blocks)
+    slope = Fraction(str(inflection))
+    weights = [1 + slope * (2 * Fraction(layer, max(blocks - 1, 1)) - 1) for layer in range(blocks)]
+    ends = [floor(total * sum(weights[: layer + 1]) / sum(weights)) for layer in range(blocks)]
+    return tuple(end - before for end, before in zip(ends, [0, *ends], strict=False))
+
+
 def reachable(merged: Schedule, tokens: int, protected: int, min_tokens: int) -> Schedule:
     """What of a schedule can be done: as many pairs as there are, and never below a floor.
 
@@ -58,8 +75,21 @@ def reachable(merged: Schedule, tokens: int, protected: int, min_tokens: int) ->
     return tuple(done)
 
 
-def from_ratio(costs: TokenCosts, total: int, ratio: float, min_tokens: int) -> Schedule:
-    """The smallest even schedule that removes at least a fraction of a model's MACs.
+def shared(steps: int, tokens: int, protected: int, blocks: int) -> Schedule:
+    """The same share of what is left, `steps` of `STEPS`, from every block, at most half; the more, the fewer stay."""
+    stay, left = 1 - Fraction(steps, STEPS), tokens - protected
+    given = []
+    for block in range(blocks):
+        wanted = floor((tokens - protected) * stay ** (block + 1))
+        given.append(min(max(left - wanted, 0), left // 2))
+        left -= given[-1]
+    return tuple(given)
+
+
+def from_ratio(
+    costs: TokenCosts, total: int, ratio: float, min_tokens: int, given_out: GivenOut | None = None
+) -> Schedule:
+    """The smallest schedule of a kind that removes at least a fraction of a model's MACs.
 
     More tokens merged anywhere leave fewer in every later block, so the MACs fall along the
     schedules and bisection finds the first one within the budget.
@@ -69,17 +99,21 @@ def from_ratio(costs: TokenCosts, total: int, ratio: float, min_tokens: int) -> 
         total: MACs of the model as it is.
         ratio: Fraction to remove.
         min_tokens: Tokens left at least after every block.
+        given_out: The kind: schedules by number, none of which leaves more tokens anywhere than those before it, and
+            the number of the last one. None: `even`.
 
     Raises:
         InputError: If no schedule removes that much; it names the largest ratio that can be had.
     """
     blocks, limit = len(costs.blocks), Budget("macs", ratio).limit(total)
 
+    of, last = given_out or (partial(even, blocks=blocks), blocks * mergeable(costs.tokens, costs.protected))
+
     def at(given: int) -> tuple[int, Schedule]:
-        merged = reachable(even(given, blocks), costs.tokens, costs.protected, min_tokens)
+        merged = reachable(of(given), costs.tokens, costs.protected, min_tokens)
         return costs.of(Reduction(merged)), merged
 
-    low, high = 0, blocks * mergeable(costs.tokens, costs.protected)
+    low, high = 0, last
     if (least := at(high)[0]) > limit:
         largest = floor(10_000 * (1 - least / total)) / 10_000
         raise InputError(

@@ -1,0 +1,179 @@
+"""The recipe that measurement found best without training: units that are missed least, refitted, and tokens merged.
+
+How much units and tokens give is read off two curves, taken once on calibration data: how far the answers move when
+units alone go, and when tokens alone do. No label is looked at, nothing is trained.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+
+import prune.rankers.obs
+import prune.tokens.schedule
+import prune.tokens.tome
+from data.base import DataBundle
+from models.base import Batch, PrunableModel
+from models.cost import CostModel, cost_model
+from models.token_cost import TokenCosts
+from prune.base import Method, Plan, Scores
+from prune.rankers.obs import Obs
+from prune.repair import rebuild
+from prune.repair.rebuild import Pair, rebuilt
+from prune.repair.repairs import Repair
+from prune.repair.solvers import Refit
+from prune.rewriting import Applied
+from prune.sensitivity.allocation import content_of
+from prune.split import curves, trials
+from prune.split.curves import splits
+from prune.split.trials import Parts, tried
+from prune.structural import TEACHER
+from prune.surgery import cut
+from prune.tokens.costs import cut_costs
+from prune.tokens.tome import Tome
+from utils.errors import InputError
+from utils.storage import Scratch, Store
+
+# ratios at which the curves are taken
+UNITS, TOKENS = (0.1, 0.25, 0.45), (0.1, 0.25, 0.4, 0.5, 0.6, 0.7)
+# chosen on train images that no figure is reported on (docs/results.md)
+IMPORTANCE = GROWTH = 0.1
+# how merging falls along the blocks: by lines of these inflections, or (None) the same share of each block's tokens
+SHAPES = (None, -0.25, -0.6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pare(Obs):
+    """Units by optimal brain surgeon with refitted consumers, and tokens, where a model has some to merge.
+
+    Attributes:
+        tokens: Whether tokens may be merged; they are under `budget=macs`. False cuts units alone.
+    """
+
+    tokens: bool = True
+    repair: tuple[Repair, ...] = ("refit",)
+
+    ranking_code: ClassVar[tuple[ModuleType, ...]] = (
+        *Obs.ranking_code, prune.rankers.obs, prune.tokens.tome, prune.tokens.schedule, rebuild, curves, trials,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps > 1 and self.merges:
+            raise InputError(f"prune.steps={self.steps}: must be 1, or prune.tokens=false; tokens merge in one round")
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens may be merged, if the model has any to merge."""
+        return self.tokens and self.budget == "macs" and self.kinds is None
+
+    def ranking_settings(self) -> dict[str, Any]:
+        """Those of the units, and what the curves depend on: how units are searched and made up for."""
+        if not self.merges:
+            return {**super().ranking_settings(), "merges": False}
+        searched = {name: getattr(self, name) for name in sorted(self.search_fields - {"ratio", "rearrange"})}
+        return {
+            **super().ranking_settings(), "merges": True, **searched,
+            "repair": list(self.repair), "allocation": content_of(self.allocation),
+        }  # fmt: skip
+
+    def base(self, model: PrunableModel, data: DataBundle) -> Method | None:
+        """The units, which `prune=obs` scores as well."""
+        return Obs(**{field.name: getattr(self, field.name) for field in fields(Obs)})
+
+    def rank_from(self, base: Scores, model: PrunableModel, data: DataBundle, scratch: Scratch | None) -> Scores:
+        """Take the curves, where there is something to split."""
+        costs = cost_model(model, data.example)
+        tokens = costs.tokens
+        if not self.merges or tokens is None:
+            return base
+        parts = Parts.of(data)
+
+        def of_units(ratio: float, fitted: Sequence[Batch]) -> PrunableModel:
+            return self._trial(replace(self, ratio=ratio), model, base, costs, fitted)
+
+        def of_tokens(shape: float | None, ratio: float, fitted: Sequence[Batch]) -> PrunableModel:
+            reduction = careful(ratio, tokens.class_token, shape).reduction(tokens, costs.total("macs"))
+            pruned = model.copy()
+            pruned.reduce_tokens(reduction)
+            return pruned
+
+        units = tried(model, data, parts, [of_units], UNITS, "units tried")
+        merged = tried(model, data, parts, [partial(of_tokens, shape) for shape in SHAPES], TOKENS, "tokens tried")
+        return Scores(base.terms, {**base.facts, "units": units, "tokens": merged})
+
+    def plan(self, model: PrunableModel, scores: Scores, costs: CostModel) -> Plan:
+        """Units for their part of the ratio, then tokens until the budget is met."""
+        tokens = costs.tokens
+        if not self.merges or tokens is None or not self.ratio:
+            return super().plan(model, scores, costs)
+        tried = {name: scores.facts[name] for name in ("units", "tokens")}
+        units, merged = ([(at, value) for at, value, _ in points] for points in tried.values())
+        for share in splits(units, merged, self.ratio):
+            plan = self._split(share, model, scores, costs, tokens)
+            if plan is not None:
+                return replace(plan, details={**plan.details, "ratio_of_units": round(share, 9), "tried": tried})
+        raise AssertionError("units alone are among the splits")
+
+    def _split(
+        self, share: float, model: PrunableModel, scores: Scores, costs: CostModel, tokens: TokenCosts
+    ) -> Plan | None:
+        """Units for a ratio, and tokens for the rest; None where tokens of what units leave can't give it."""
+        if share >= self.ratio:
+            return super().plan(model, scores, costs)
+        units, combined = replace(self, ratio=share), self.combine(model, scores)
+        kept = units._kept(combined, costs) if share else {}
+        left = cut_costs(tokens, model, {name: len(units) for name, units in kept.items()})
+        shape = _nearest(scores.facts["tokens"], 1 - (1 - self.ratio) / (1 - share))
+        try:
+            reduction = careful(self.ratio, tokens.class_token, shape).reduction(left, costs.total("macs"))
+        except InputError:
+            return None
+        plan = Plan.of(
+            model, kept, budget="macs", ratio_asked=self.ratio,
+            ratio_reached=1 - left.of(reduction) / costs.total("macs"), tokens=reduction,
+            token_counts=tuple(left.counts(reduction)),
+        )  # fmt: skip
+        return units._with_teacher(plan, combined, costs)
+
+    def apply_on(self, model: PrunableModel, plan: Plan, data: DataBundle, store: Store) -> Applied:
+        """As for any method of units; without a unit gone there is nothing to make up for."""
+        if plan.keeps_all_units:
+            whole = replace(plan, details={name: value for name, value in plan.details.items() if name != TEACHER})
+            return Applied(self.apply(model, whole), whole)
+        return super().apply_on(model, plan, data, store)
+
+    def _trial(
+        self, method: "Pare", model: PrunableModel, scores: Scores, costs: CostModel, fitted: Sequence[Batch]
+    ) -> PrunableModel:
+        """A model with its units cut and refitted."""
+        method.check(costs)
+        plan = Plan.of(model, method._kept(self.combine(model, scores), costs))
+        student = cut(model, plan)
+        if "refit" in self.repair:
+            whole = {group.name: torch.arange(group.count) for group in model.unit_groups()}
+            pair = Pair(model, student, whole, plan.kept, model)
+            rebuilt(pair, fitted, Refit(self.ridge, self.follow), "refit", None)
+        return student
+
+
+def _nearest(points: Sequence[tuple[float, float, int]], ratio: float) -> float | None:
+    """The shape that was best at the ratio nearest to this one."""
+    return SHAPES[min(points, key=lambda point: abs(point[0] - ratio))[2]] if points else None
+
+
+def careful(ratio: float, class_token: bool, inflection: float | None = None) -> Tome:
+    """Tokens compared by themselves; what the class token looks at, and what stands for many, is merged last.
+
+    Args:
+        ratio: Fraction of the MACs to remove.
+        class_token: Whether there is one to ask.
+        inflection: Of the line along which merging falls; None: the same share from every block.
+    """
+    return Tome(
+        ratio=ratio, shape="share" if inflection is None else "line", inflection=inflection or 0.0,
+        metric="tokens", importance=IMPORTANCE if class_token else 0.0, growth=GROWTH,
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""The recipe: how a ratio is split between units and tokens, and what comes of it on small models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.base import DataBundle
+from main import run
+from models.base import PrunableModel
+from models.cost import cost_model
+from models.token_cost import token_costs
+from prune.base import Scores
+from prune.gates import undisturbed
+from prune.rankers.obs import Obs
+from prune.rankers.pare import Pare, careful
+from prune.ranking import ranked
+from prune.rewriting import applied
+from prune.split.curves import promised, splits
+from prune.split.trials import Parts, divergence
+from tests.adapters import ADAPTERS, bundle_of
+from tests.conftest import Compose
+from utils.errors import InputError
+from utils.storage import Store
+
+POINTS = [(0.1, 0.01), (0.3, 0.09), (0.5, 0.36)]
+
+
+def test_a_curve_goes_through_its_points_by_its_root() -> None:
+    assert promised(POINTS, 0) == 0 and promised([], 0.1) == float("inf")
+    for ratio, value in POINTS:
+        assert promised(POINTS, ratio) == pytest.approx(value)
+    assert promised(POINTS, 0.05) == pytest.approx(0.05**2)  # roots 0 and 0.1
+    assert promised(POINTS, 0.2) == pytest.approx(0.2**2)  # roots 0.1 and 0.3
+    assert promised(POINTS, 0.7) == pytest.approx(0.9**2), "straight on from 0.3 and 0.6"
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.45, 0.63])
+def test_the_split_is_the_best_of_a_fine_grid(ratio: float) -> None:
+    units, tokens = [(0.1, 0.02), (0.25, 0.2), (0.45, 1.5)], [(0.1, 0.001), (0.3, 0.03), (0.6, 0.5)]
+    found, *_ = splits(units, tokens, ratio)
+
+    def total(share: float) -> float:
+        rest = 1 - (1 - ratio) / (1 - share)
+        if rest > tokens[-1][0]:
+            return float("inf")
+        return promised(units, share) + promised(tokens, rest)
+
+    best = min(total(ratio * n / 5000) for n in range(5001))
+    assert 0 <= found <= ratio and total(found) <= 1.15 * best + 1e-4
+
+
+def test_two_kinds_must_be_clearly_better_than_one() -> None:
+    points = [(0.2, 0.04), (0.4, 0.16), (0.6, 0.36)]
+    nearly = [(at, 0.05 * value) for at, value in points]
+    assert splits(points, nearly, 0.5)[0] == 0, "a little of the other kind would promise 5% less"
+    assert 0 < splits(points, points, 0.5)[0] < 0.5
+
+
+def test_units_take_over_where_tokens_can_give_no_more_and_stay_away_where_they_hurt() -> None:
+    free, dear = [(0.5, 1e-9)], [(0.1, 5.0), (0.5, 9.0)]
+    assert splits(dear, free, 0.4)[0] == 0
+    assert splits(free, dear, 0.4)[0] == 0.4
+    assert splits(dear, [], 0.4)[0] == 0.4
+    within, *_ = splits(dear, [(0.2, 1e-9)], 0.4)
+    assert 1 - (1 - 0.4) / (1 - within) == pytest.approx(0.2, abs=0.02)
+
+
+def small(name: str = "toy_images", samples: int = 60) -> tuple[PrunableModel, DataBundle]:
+    model, batch = ADAPTERS[name]()
+    generator = torch.Generator().manual_seed(0)
+    more = {
+        "inputs": torch.randn(samples, *batch["inputs"].shape[1:], generator=generator),
+        "labels": torch.randint(3, (samples,), generator=generator),
+    }
+    return model, bundle_of(more, batches=4)
+
+
+def test_trials_judge_on_samples_that_nothing_was_fitted_to() -> None:
+    _, data = small(samples=150)
+    parts = Parts.of(data)
+    fitted, judged = (torch.cat([b["inputs"] for b in batches]).flatten(1) for batches in (parts.fitted, parts.judged))
+    assert len(fitted) == 96 and 0 < len(judged) <= 96
+    assert not any(bool((fitted == row).all(1).any()) for row in judged)
+    few = Parts.of(small(samples=20)[1])
+    assert few.fitted == few.judged
+
+
+def test_divergence_is_the_mean_over_samples() -> None:
+    model, data = small()
+    other, total_macs = model.copy(), cost_model(model, data.example).total("macs")
+    other.reduce_tokens(careful(0.25, True).reduction(token_costs(model, data.example), total_macs))
+    batches = list(data.calibration)
+    total, count = 0.0, 0
+    with torch.no_grad(), undisturbed(model.network), undisturbed(other.network):
+        for batch in batches:
+            for row in range(len(batch["inputs"])):
+                one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+                wanted, given = (m.logits(one).log_softmax(-1) for m in (model, other))
+                total += float((wanted.exp() * (wanted - given)).sum())
+                count += 1
+    assert divergence(model, other, data, batches) == pytest.approx(total / count, rel=5e-3)
+    assert divergence(model, model, data, batches) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["toy_images", "deit", "bert", "llama", "resnet_basic"])
+@pytest.mark.parametrize("tokens", [True, False])
+def test_it_meets_the_budget_on_every_kind_of_model(name: str, tokens: bool, tmp_path: Path) -> None:
+    model, samples = ADAPTERS[name]()
+    ratio = 0.1 if name == "resnet_basic" else 0.4  # most of its channels are no units
+    data, method = bundle_of(samples), Pare(ratio=ratio, tokens=tokens)
+    costs = cost_model(model, data.example)
+    ranking = ranked(method, model, data, Store(tmp_path))
+    plan = method.plan(model, ranking.scores, costs)
+    done = applied(method, model, plan, data, Store(tmp_path))
+    left = cost_model(done.model, data.example).total("macs")
+    assert left <= (1 - ratio) * costs.total("macs") + 1
+    assert left == pytest.approx((1 - plan.ratio_reached) * costs.total("macs"), rel=1e-6)
+    assert torch.isfinite(done.model.logits(samples)).all()
+    if not tokens or costs.tokens is None:
+        assert plan.tokens is None
+
+
+def test_it_shares_the_ranking_of_obs_and_a_sweep_takes_the_curves_once(tmp_path: Path) -> None:
+    model, data = small()
+    store = Store(tmp_path)
+    units = ranked(Obs(), model, data, store)
+    first = ranked(Pare(ratio=0.2), model, data, store)
+    again = ranked(Pare(ratio=0.5), model, data, store)
+    assert not first.hit and again.hit and first.fingerprint == again.fingerprint
+    assert all(torch.equal(first.scores.only()[n], units.scores.only()[n]) for n in units.scores.only())
+    assert {"units", "tokens"} <= first.scores.facts.keys()
+    assert sum("obs" in path.name for path in tmp_path.rglob("*.safetensors")) == 1
+
+
+def test_the_split_follows_the_curves(tmp_path: Path) -> None:
+    model, data = small()
+    costs, scores = cost_model(model, data.example), Obs().rank(model, data)
+    good, bad = [[0.1, 1e-9, 0], [0.7, 1e-8, 0]], [[0.1, 5.0, 0], [0.7, 50.0, 0]]
+
+    def plan(units: list[list[float | int]], tokens: list[list[float | int]]):
+        return Pare(ratio=0.3).plan(model, Scores(scores.terms, {"units": units, "tokens": tokens}), costs)
+
+    merged, cut = plan(bad, good), plan(good, bad)
+    assert merged.keeps_all_units and merged.tokens is not None and merged.tokens.merges
+    assert not cut.keeps_all_units and cut.tokens is None
+    assert cut.kept.keys() == Obs(ratio=0.3).plan(model, scores, costs).kept.keys()
+    both = plan([[0.1, 0.01, 0], [0.7, 1.0, 0]], [[0.1, 0.01, 2], [0.7, 1.0, 2]])
+    assert not both.keeps_all_units and both.tokens is not None and 0 < both.details["ratio_of_units"] < 0.3
+
+
+def test_rounds_and_tokens_do_not_go_together() -> None:
+    with pytest.raises(InputError, match="prune.steps=2: must be 1, or prune.tokens=false"):
+        Pare(steps=2)
+    assert Pare(steps=2, tokens=False).steps == 2
+
+
+def test_the_job_runs_and_loses_less_than_a_random_cut(small_config: Compose, tmp_path: Path) -> None:
+    found = {}
+    for method in ("pare", "random"):
+        settings = (f"prune={method}", "prune.ratio=0.5", "evals=[loss,macs]", "model.training.epochs=8")
+        record = run(small_config(*settings), tmp_path / method)
+        assert record.pruned is not None and record.dense is not None
+        found[method] = record.pruned["loss"].value
+        assert record.pruned["macs"].value <= 0.5 * record.dense["macs"].value  # type: ignore[operator]
+    assert found["pare"] < found["random"]
