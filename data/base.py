@@ -90,6 +90,28 @@ class Distributing(Protocol):
 
 
 @runtime_checkable
+class Probing(Protocol):
+    """A task whose answers are distributions of several kinds, which draws a probe of their divergence itself."""
+
+    def probe(self, logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        """A scalar `<xi, logits>` with a random xi whose covariance is the Hessian of `deviation`, summed over samples.
+
+        The mean square of its derivative along any direction is then twice the deviation that direction leads to,
+        to second order.
+        """
+        ...
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """A task whose loss is a mean, so that a batch's is made of its parts'."""
+
+    def weight(self, batch: Batch) -> int:
+        """Over how many things the loss of a batch is the mean."""
+        ...
+
+
+@runtime_checkable
 class Scored(Protocol):
     """A task that knows ahead by what it is scored."""
 
@@ -145,6 +167,10 @@ class Classification:
         """Mean cross-entropy in nats."""
         return cross_entropy(logits.float(), batch["labels"], label_smoothing=label_smoothing)
 
+    def weight(self, batch: Batch) -> int:
+        """Its samples."""
+        return len(batch["labels"])
+
     def figures(self, predictions: Predictions) -> dict[str, Figure]:
         """The task's metrics; accuracy with its standard error and the chance level."""
         pairs = [(logits.argmax(dim=-1).cpu(), batch["labels"].cpu()) for logits, batch in predictions]
@@ -186,6 +212,25 @@ def divergences(given: Tensor, wanted: Tensor, dim: int = -1) -> Tensor:
     # positions that cannot win have probability 0 on both sides, and 0 * (inf - inf) is none
     gap = torch.where(old.isneginf(), 0.0, old - new)
     return (old.exp() * gap).sum(dim=dim)
+
+
+def divergence_probe(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers with the covariance of the logits' Fisher information, `diag(p) - p p^T` along the last dimension.
+
+    Args:
+        probabilities: p, (..., outcomes).
+        generator: Source of the signs.
+
+    Returns:
+        `sqrt(p) e - p <sqrt(p), e>` for random signs e, shaped as p.
+    """
+    root = probabilities.sqrt() * random_signs(probabilities, generator)
+    return root - probabilities * root.sum(dim=-1, keepdim=True)
+
+
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Plus or minus one for each number of a tensor, on its device."""
+    return (torch.randint(0, 2, tuple(like.shape), generator=generator).float() * 2 - 1).to(like.device)
 
 
 @dataclass(frozen=True)

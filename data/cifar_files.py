@@ -5,6 +5,8 @@ Shapes: N images, pixels (N, 3, 32, 32) uint8, labels (N,) int64.
 
 import io
 import pickle
+import pickletools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 from utils.errors import InputError
 
 PIXELS = 3 * 32 * 32
+LARGEST_BYTES = 512 * 2**20  # CIFAR-100's training pickle has 155 MB
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def read_pickle(path: Path, classes: int) -> tuple[Tensor, Tensor]:
         InputError: If it holds anything else, or is damaged.
     """
     try:
-        found = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        content = _content(path)
+        found = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
         pixels, labels = found[b"data"], torch.tensor(found[PICKLED[classes].label], dtype=torch.int64)
         if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(labels), PIXELS)):
             raise ValueError(f"its data must be (images, {PIXELS}) uint8, one row a label")
@@ -85,6 +89,17 @@ def read_pickle(path: Path, classes: int) -> tuple[Tensor, Tensor]:
     return _checked(torch.from_numpy(pixels.copy()), labels, path, classes)
 
 
+def _content(path: Path) -> bytes:
+    """The bytes of a pickle without instructions that set memory aside before anything is read."""
+    if (size := path.stat().st_size) > LARGEST_BYTES:
+        raise InputError(f"has {size} bytes; must have at most {LARGEST_BYTES}")
+    content = path.read_bytes()
+    for opcode, argument, at in pickletools.genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > int(at or 0):
+            raise InputError(f"numbers an object {argument} at byte {at}; must be at most that")
+    return content
+
+
 def _latin(text: str, encoding: str) -> bytes:
     """How Python 3 writes bytes for Python 2, and no other encoding."""
     if encoding != "latin1":
@@ -92,13 +107,39 @@ def _latin(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-PLAIN = {kind.__name__: kind for kind in (bytes, bytearray, str, int, float, bool, list, tuple, dict, set)}
-REBUILD = np.empty(0).__reduce__()[0]  # numpy's own function, wherever its version keeps it
+def _bytes(content: Any = b"", encoding: str = "latin1") -> bytes:
+    """Bytes from bytes or text; from a number they would be that many zeros."""
+    if isinstance(content, str):
+        return _latin(content, encoding)
+    if not isinstance(content, bytes | list):
+        raise InputError("makes bytes of a number; must hold their content")
+    return bytes(content)
+
+
+def _empty(kind: Any, shape: Any, code: Any) -> np.ndarray:
+    """What numpy starts an array from before its state, which has as many numbers as there are bytes."""
+    if kind is not ARRAY or shape != (0,) or code not in (b"b", "b"):
+        raise InputError("starts an array at a size of its own; must give its content")
+    return np.empty(0, dtype=np.int8)
+
+
+def _dtype(name: Any = None, *flags: Any) -> np.dtype:
+    """A type of plain numbers."""
+    text = name.decode("latin1") if isinstance(name, bytes) else name
+    if not isinstance(text, str) or not NUMBER.fullmatch(text):
+        raise InputError("has an array of another type; must hold plain numbers")
+    return np.dtype(text)
+
+
+ARRAY = "numpy.ndarray"  # stands for the class, which could itself be called with any size
+NUMBER = re.compile(r"[<>|=]?[biuf][1248]")
+PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (list, tuple, dict, set)}
+PLAIN |= {"bytes": _bytes, "bytearray": _bytes}
 ADMITTED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): REBUILD,
-    ("numpy._core.multiarray", "_reconstruct"): REBUILD,
+    ("numpy", "ndarray"): ARRAY,
+    ("numpy", "dtype"): _dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _empty,
+    ("numpy._core.multiarray", "_reconstruct"): _empty,
     ("_codecs", "encode"): _latin,
     **{(module, name): kind for module in ("builtins", "__builtin__") for name, kind in PLAIN.items()},
 }

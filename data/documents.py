@@ -2,13 +2,15 @@
 
 import gzip
 import hashlib
-import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.long_text import refuse_long_lines, refuse_long_text
 from data.tables import read_rows
 from utils.errors import InputError
+from utils.plain_json import parsed
 
 COLUMN = "text"
 SUFFIXES = (".txt", ".raw", ".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -59,12 +61,16 @@ def read_texts(path: Path) -> list[str]:
     Raises:
         InputError: If the file can't be read as what its name says, or has no column `text`.
     """
+    if path.suffix != ".parquet":
+        refuse_long_lines(path)
     if path.suffix in (".txt", ".raw"):
         return [_plain(path)]
     rows = _packed_rows(path) if path.suffix == ".gz" else read_rows([path], {COLUMN})[0]
     texts = [row.get(COLUMN) for row in rows]
     if bad := [number for number, text in enumerate(texts, start=1) if not isinstance(text, str)]:
         raise InputError(f"data.root: {path} row {bad[0]} must have a text {COLUMN!r}")
+    for text in texts:
+        refuse_long_text(text, f"data.root: {path}")  # type: ignore[arg-type]
     return texts  # type: ignore[return-value]
 
 
@@ -78,12 +84,12 @@ def _plain(path: Path) -> str:
 def _packed_rows(path: Path) -> list[dict]:
     try:
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"data.root: {path} is damaged or no gzip file of UTF-8 text: {error}") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows += [parsed(line)] if line.strip() else []
         except ValueError as error:
             raise InputError(f"data.root: {path} line {number} must be one JSON object: {error}") from error
     return [row if isinstance(row, dict) else {} for row in rows]

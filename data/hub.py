@@ -7,18 +7,22 @@ from typing import Any
 from utils.hub import from_cache_or_hub
 
 
-def hub_splits(name: str, data: str, instead: str) -> Any:
+def hub_splits(name: str, data: str, instead: str, config: str | None = None, revision: str | None = None) -> Any:
     """Load all splits of a data set.
 
     Args:
-        name: Such as `uoft-cs/cifar10`.
+        name: Such as `uoft-cs/cifar10`; or a folder in a format that the library reads.
         data: What `data=` was set to, for the message.
         instead: How to provide it without the hub.
+        config: Which of its configurations; None for its only one.
+        revision: Which of its revisions; None for the newest.
 
     Raises:
         InputError: If it is neither here nor at the hub, or the hub can't be reached.
     """
-    return from_cache_or_hub(lambda local: _loaded(local, name), f"data={data} ({name})", instead)
+    chosen = [name] if config is None else [name, config]
+    more = {} if revision is None else {"revision": revision}
+    return from_cache_or_hub(lambda local: _loaded(local, *chosen, **more), f"data={data} ({name})", instead)
 
 
 def hub_rows(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.base import Classification, DataBundle, fingerprint_of
 from data.hub import hub_splits
+from data.image_files import open_image
 from data.images import ImageItems, Loading, image_bundle, preprocessing_of
 from utils.errors import InputError
 from utils.rules import Count, ExistingPath, Seed, Whole, checked
@@ -124,7 +125,7 @@ class ClassFolders:
 
     def image(self, index: int) -> Image.Image:
         """Open an image."""
-        return Image.open(self.root / self.paths[index])
+        return open_image(self.root / self.paths[index])
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class HubRows:
     def image(self, index: int) -> Image.Image:
         """Open an image."""
         stored = self.rows[index]["image"]
-        return Image.open(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"]))
+        return open_image(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"]))
 
 
 @dataclass(frozen=True)
@@ -199,22 +200,37 @@ def class_folders(root: Path) -> ClassFolders:
     index = {wnid: position for position, wnid in enumerate(ImageNetInfo().label_names())}
     paths, sizes, labels = [], [], []
     for folder in _listed(root):
-        if not folder.is_dir():
+        if not _is_folder(folder):
             continue
         if folder.name not in index:
             raise InputError(
                 f"data.root: {folder.path}: must be named by one of ImageNet's 1,000 WordNet ids, such as n01440764"
             )
         for file in _listed(Path(folder.path)):
-            if Path(file.name).suffix.lower() in EXTENSIONS and not file.is_dir():
+            if Path(file.name).suffix.lower() in EXTENSIONS and not _is_folder(file):
                 paths.append(f"{folder.name}/{file.name}")
                 # a link that leads nowhere stays in the list, to be reported as broken
-                sizes.append(file.stat().st_size if file.is_file() else 0)
+                sizes.append(file.stat().st_size if _is_file(file) else 0)
                 labels.append(index[folder.name])
     if not paths:
         kinds = ", ".join(sorted(EXTENSIONS))
         raise InputError(f"data.root: {root}: holds no images; must hold <WordNet id>/*, of the kinds {kinds}")
     return ClassFolders(root, paths, sizes, torch.tensor(labels, dtype=torch.int64))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder; a link that leads back to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def _listed(folder: Path) -> list[os.DirEntry[str]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.base import Batch, DataBundle, Task, divided_rows, fingerprint_of
+from data.image_files import BOMB
 from models.preprocessing import ImagePreprocessing
 from utils.errors import InputError
 
@@ -97,6 +98,8 @@ class Broken:
                 self.reasons[name] = reason
                 log.warning("%s: can't be read and is skipped: %s", name, reason)
                 self._note()
+            if reason.startswith(BOMB):
+                raise InputError(f"{name}: {reason.removeprefix(f'{BOMB}: ')}")
             if len(self.reasons) > MOST_BROKEN * self.total:
                 first, why = next(iter(self.reasons.items()))
                 raise InputError(
@@ -150,7 +153,7 @@ class ImageBatches:
         count, key = len(self.items.labels), f"{self.shuffle_seed}/{self.epoch}"
         order = torch.arange(count)
         if self.shuffle_seed is not None:
-            order = torch.randperm(count, generator=_generator(key))
+            order = torch.randperm(count, generator=generator_of(key))
         for batch, failures in _decoded(self.items, self.transform, order, self.batch_size, self.workers, key):
             self.broken.add(failures)
             if batch is not None:
@@ -228,7 +231,7 @@ def draw_calibration(items: ImageItems, transform: Transform, broken: Broken, lo
     asked = f"data.calibration_batches={loading.calibration_batches}, data.calibration_batch_size={size}"
     if not 0 < wanted <= count:
         raise InputError(f"{asked}: {wanted} samples; must be between 1 and the {count} {broken.split} images")
-    order = torch.randperm(count, generator=_generator(f"{loading.seed}"))
+    order = torch.randperm(count, generator=generator_of(f"{loading.seed}"))
     drawn = _decoded(items, transform, order[:wanted], size, loading.workers)
     spare = _decoded(items, transform, order[wanted:], 1, 0)
     parts: list[Batch] = []
@@ -314,19 +317,39 @@ def _decoded(
     items: ImageItems, transform: Transform, order: Tensor, batch_size: int, workers: int | None, key: str = ""
 ) -> Iterator[tuple[Batch | None, list[Failure]]]:
     """Decode the images in this order; each batch comes with what could not be read of it."""
-    if workers is None:
-        workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return one_pass(_Samples(items, transform, key), order, batch_size, workers, _collated)
+
+
+def one_pass(
+    samples: Dataset, order: Tensor, batch_size: int, workers: int | None, collated: Callable[[list[Any]], Any]
+) -> Iterator[Any]:
+    """Go once over samples in this order, decoded by other processes where there are workers.
+
+    Args:
+        samples: By their numbers.
+        order: Numbers, (n,) int64.
+        batch_size: Samples in a batch.
+        workers: Processes that decode; None means up to 4, 0 decodes in this one.
+        collated: Makes a batch of samples.
+    """
     return iter(
         DataLoader(
-            _Samples(items, transform, key),
+            samples,
             batch_size=batch_size,
             sampler=order.tolist(),
-            num_workers=min(workers, -(-len(order) // batch_size)),
-            collate_fn=_collated,
+            num_workers=min(workers_of(workers), -(-len(order) // batch_size)),
+            collate_fn=collated,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each pass would draw from the global one
         )
     )
+
+
+def workers_of(workers: int | None) -> int:
+    """Processes that decode where the configuration leaves it open: one a core, up to 4."""
+    if workers is not None:
+        return workers
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _collated(samples: list[tuple[Tensor, int] | Failure]) -> tuple[Batch | None, list[Failure]]:
@@ -342,7 +365,8 @@ def _number(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
 
 
-def _generator(key: str) -> torch.Generator:
+def generator_of(key: str) -> torch.Generator:
+    """A generator that this key alone seeds."""
     return torch.Generator().manual_seed(_number(key))
 
 

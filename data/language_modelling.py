@@ -62,6 +62,10 @@ class LanguageModelling:
             logits.float().flatten(0, 1), wanted, ignore_index=IGNORED, label_smoothing=label_smoothing
         )
 
+    def weight(self, batch: Batch) -> int:
+        """Its tokens that have a next one."""
+        return int((next_tokens(batch) != IGNORED).sum())
+
     def condensed(self, logits: Tensor, batch: Batch) -> Tensor:
         """Per token its cost in nats and whether the likeliest one was right, (B, T, 2); zero where nothing counts."""
         return token_costs(logits, next_tokens(batch))

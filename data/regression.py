@@ -33,6 +33,10 @@ class Regression:
         """Mean squared error; label smoothing has no meaning here and is left out."""
         return mse_loss(logits.float().squeeze(-1), batch["labels"].float())
 
+    def weight(self, batch: Batch) -> int:
+        """Its samples."""
+        return len(batch["labels"])
+
     def figures(self, predictions: Predictions) -> dict[str, Figure]:
         """Correlations over the whole split."""
         pairs = [(logits.squeeze(-1).cpu(), batch["labels"].cpu()) for logits, batch in predictions]

@@ -1,12 +1,12 @@
 """SQuAD 1.1 and 2.0: questions about paragraphs, from local files or the Hugging Face hub."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data.base import DataBundle, fingerprint_of
 from data.hub import hub_rows
+from data.long_text import refuse_long_text
 from data.squad_answers import Question
 from data.squad_task import QuestionAnswering
 from data.squad_windows import windows_of
@@ -20,6 +20,7 @@ from data.text import (
     text_preprocessing,
 )
 from utils.errors import InputError
+from utils.plain_json import read_json
 from utils.rules import Count, ExistingPath, Seed, Whole, checked
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def original_rows(path: Path) -> list[Row]:
         InputError: If it is anything else.
     """
     try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        articles = read_json(path)["data"]
         paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
         return [{**asked, "context": paragraph["context"]} for paragraph in paragraphs for asked in paragraph["qas"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -195,7 +196,10 @@ def question_of(row: Row, source: str) -> Question:
             texts, starts = answers["text"], answers["answer_start"]
         else:
             texts, starts = [a["text"] for a in answers], [a["answer_start"] for a in answers]
+        refuse_long_text(row["context"], source)
         return Question(row["question"].strip(), row["context"], tuple(texts), tuple(map(int, starts)))
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         rule = "must have question, context and answers, each answer a text and an answer_start"
         raise InputError(f"{source}: each row {rule} ({type(error).__name__}: {error})") from error

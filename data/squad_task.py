@@ -50,6 +50,10 @@ class QuestionAnswering:
         spread = (surprise.masked_fill(~real, 0.0).sum(dim=1) / real.sum(dim=1)).mean()
         return (1 - label_smoothing) * wanted + label_smoothing * spread
 
+    def weight(self, batch: Batch) -> int:
+        """Its samples."""
+        return len(batch["start"])
+
     def figures(self, predictions: Predictions) -> dict[str, Figure]:
         """Exact match and F1 of words, means over the questions, as the official script counts them."""
         found: dict[int, list[Found]] = {}

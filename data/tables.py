@@ -1,13 +1,14 @@
 """Rows of local tables (tsv, parquet, JSON lines), and where to find them."""
 
-import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.long_text import refuse_long_lines
 from utils.errors import InputError
+from utils.plain_json import parsed
 
 Row = dict[str, Any]
 FORMATS = ("tsv", "parquet", "jsonl", "json")
@@ -109,6 +110,7 @@ def read_rows(
 
 
 def _lines(path: Path) -> list[str]:
+    refuse_long_lines(path)
     # only line feeds end a line: texts hold other characters that Python would split at
     lines = path.read_bytes().decode("utf-8-sig").split("\n")
     return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
@@ -154,7 +156,7 @@ def _read_json_lines(path: Path, keep: set[str]) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parsed(line)
         except ValueError as error:
             raise InputError(f"data.root: {path} line {number} must be one JSON object: {error}") from error
         if not isinstance(row, dict):

@@ -95,6 +95,7 @@ class UnitGroup:
         pairwise_features: Features per unit in token-by-token products: for a head
             `2 * head width`, once for the attention scores and once for the weighted sum.
         keys_per_query: Tokens that each token attends to; None means all of them.
+        keys_from: Dotted name of a linear that runs once for each token attended to, where these are others.
     """
 
     name: str
@@ -108,6 +109,7 @@ class UnitGroup:
     emptied: Emptied | None = None
     pairwise_features: int = 0
     keys_per_query: int | None = None
+    keys_from: str | None = None
 
     @property
     def slices(self) -> tuple[Slices, ...]:
@@ -154,6 +156,21 @@ class Recipe:
     exact_name: bool = False
 
 
+@dataclass(frozen=True)
+class Products:
+    """Token-by-token products of an attention that is left whole, so that no unit group counts them.
+
+    Attributes:
+        queries: Dotted name of a linear or convolution that runs once for each query.
+        keys: Dotted name of one that runs once for each key; called once, it serves every call for queries.
+        features: MACs of a pair.
+    """
+
+    queries: str
+    keys: str
+    features: int
+
+
 class PrunableModel(ABC):
     """A network together with where its units live; one final subclass a family.
 
@@ -173,11 +190,14 @@ class PrunableModel(ABC):
         sparse: Whether zeros in the linears of its blocks were put there by pruning, and so stay.
         visited: The device that its blocks come to for their own forward, while they lie in main memory;
             None where all of it lies in one place.
+        biased: Whether modules were given a bias that their family has not.
         code: Modules beside the family's own that its outputs come from.
+        chained: Whether what a block gives is read by the next block alone.
         fixed_blocks: Why none of the family's blocks can be removed; None if they can.
     """
 
     code: ClassVar[tuple[ModuleType, ...]] = ()
+    chained: ClassVar[bool] = True
     fixed_blocks: ClassVar[str | None] = "its blocks are not known to keep the shape of what flows through them"
 
     def __init__(self, network: nn.Module, recipe: Recipe, training: Any = None) -> None:
@@ -190,6 +210,7 @@ class PrunableModel(ABC):
         self.reduction: Reduction | Keeping | None = None
         self.visited: torch.device | None = None
         self.sparse = False
+        self.biased = False
         self.dense_counts = {group.name: group.count for group in self.unit_groups()}
         self.origin = {name: torch.arange(count) for name, count in self.dense_counts.items()}
         self.dense_depth = len(self.blocks())
@@ -210,6 +231,15 @@ class PrunableModel(ABC):
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
         """Run the network on a batch; shape of the result depends on the task."""
+
+    @property
+    def feature_axis(self) -> int:
+        """Axis of the features in what feature points and blocks give as maps of four dimensions."""
+        return 1
+
+    def whole_products(self) -> tuple[Products, ...]:
+        """What attentions cost that no unit group describes."""
+        return ()
 
     @property
     def protected_tokens(self) -> int:
@@ -250,6 +280,8 @@ class PrunableModel(ABC):
         if reason := self.why_not_mergeable() if merges else self.why_not_droppable():
             raise InputError(f"model={self.name}: {reason}")
         reduction.refuse_misfit(len(self.blocks()))
+        if isinstance(reduction, Reduction) and reduction.importance and not self.class_token:
+            raise InputError(f"importance={reduction.importance}: must be 0 for a model without a class token")
         if isinstance(reduction, Reduction):
             self._merge_tokens(reduction)
         else:
@@ -322,6 +354,14 @@ class PrunableModel(ABC):
     def dtype(self) -> torch.dtype:
         """The weights' floating type."""
         return next(self.network.parameters()).dtype
+
+    def to_checkpoint(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under the names that checkpoints of the family have."""
+        return dict(tensors)
+
+    def from_checkpoint(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a checkpoint under the network's own names."""
+        return dict(tensors)
 
     def copy(self) -> Self:
         """Copy the network; refused while hooks are installed, which a copy would carry along."""

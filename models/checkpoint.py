@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.base import PrunableModel, Recipe
+from models.biases import add_biases, missing_biases
 from models.depth import refuse_bad_blocks
 from models.keeping import Keeping
+from models.limits import bounded_building, refuse_absurd_sizes
 from models.merging import Reduction
 from models.slicing import keep_units
-from utils.errors import InputError
+from utils.errors import InputError, RunError
+from utils.plain_json import read_json
+from utils.targets import is_model_builder
 
 MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
 METADATA = {"format": "pt"}
@@ -35,14 +40,15 @@ def save_model(model: PrunableModel, folder: Path) -> Path:
 
     The manifest holds the builder, its arguments, per unit group which units of the dense
     network are left, under `blocks` which of its blocks (null: all), under `tokens` how they are
-    merged (null: not at all), under `sparse` whether zeros are there by pruning, and under
+    merged (null: not at all), under `sparse` whether zeros are there by pruning, under `biased`
+    whether modules were given biases that their family has not, and under
     `not_stock` why the family's own library can't load the folder; null means that it can.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         # transformers refuses a weights file that does not say where it comes from
-        save_file(tensors_of(model), partial / WEIGHTS, metadata=METADATA)
+        save_file(model.to_checkpoint(tensors_of(model)), partial / WEIGHTS, metadata=METADATA)
         manifest = _manifest(model) | {"not_stock": _stock_files(model, partial)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         partial.chmod(0o755)
@@ -51,6 +57,8 @@ def save_model(model: PrunableModel, folder: Path) -> Path:
             os.replace(folder, old)
         os.replace(partial, folder)
         shutil.rmtree(old, ignore_errors=True)
+    except SafetensorError as error:  # its own word for a full disk
+        raise RunError(f"{folder}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -59,7 +67,11 @@ def save_model(model: PrunableModel, folder: Path) -> Path:
 def _stock_files(model: PrunableModel, folder: Path) -> str | None:
     """Write what a stock library needs; a library that refuses must not cost the weights already there."""
     try:
-        return model.stock_files(folder)
+        reason = model.stock_files(folder)
+        if model.biased:
+            (folder / "config.json").unlink(missing_ok=True)
+            return "it has biases that its own library does not know"
+        return reason
     except Exception as error:  # a third party's writer
         return f"its own library refused to write its configuration: {_first_line(error)}"
 
@@ -102,8 +114,14 @@ def load_model(folder: str | Path) -> PrunableModel:
     module, _, function = str(manifest["builder"]).rpartition(".")
     if not module.startswith("models."):
         raise InputError(f"{folder}: was saved by {manifest['builder']}; call that builder with checkpoint={folder}")
+    arguments = manifest["arguments"]
+    if not isinstance(arguments, dict) or not is_model_builder(str(manifest["builder"])):
+        why = f"{manifest['builder']} builds no model"
+        raise InputError(f"{folder}: builder and arguments of {MANIFEST} are damaged: {why}")
+    refuse_absurd_sizes(arguments, f"{folder}: arguments of {MANIFEST}")
     build = getattr(importlib.import_module(module), function)
-    return build(**manifest["arguments"], checkpoint=str(folder))
+    with bounded_building(f"{folder}"):
+        return build(**arguments, checkpoint=str(folder))
 
 
 def tensors_of(model: PrunableModel) -> dict[str, Tensor]:
@@ -143,6 +161,7 @@ def stored_recipe(checkpoint: str, asked: Recipe) -> Recipe:
         odd = sorted(map(str, set(manifest["arguments"]) - set(asked.arguments)))
         raise InputError(f"model.checkpoint={checkpoint}: arguments of {MANIFEST} do not fit {asked.builder}: {odd}")
     name, stored = asked.arguments.get("name"), manifest["arguments"].get("name")
+    refuse_absurd_sizes(manifest["arguments"], f"model.checkpoint={checkpoint}: arguments of {MANIFEST}")
     if asked.exact_name and name is not None and stored is not None and name != stored:
         raise InputError(f"model.checkpoint={checkpoint}: was saved from model.name={stored}, asked is {name}")
     # an argument that the builder has gained since then is as the configuration says
@@ -162,7 +181,7 @@ def load_weights(model: M, checkpoint: str, skip: Sequence[str] = (), foreign: S
     Raises:
         InputError: If a file is missing or damaged, or names and shapes differ.
     """
-    path = Path(checkpoint)
+    path, manifest = Path(checkpoint), None
     if (path / MANIFEST).is_file():
         manifest = _read_manifest(path)
         _keep_blocks(manifest, model, checkpoint)
@@ -174,9 +193,11 @@ def load_weights(model: M, checkpoint: str, skip: Sequence[str] = (), foreign: S
         path = path / WEIGHTS
     elif path.is_dir():
         path = _weights_in(path) or path / WEIGHTS
+    read = model.from_checkpoint(_read_tensors(path, checkpoint))
+    if manifest is not None and manifest["biased"]:
+        add_biases(model, missing_biases(model, read))
     held = _untied(model)
     kept = {name: held[name].detach() for name in skip if name in held}
-    read = _read_tensors(path, checkpoint)
     unwanted = {name for name in read if name not in held and any(part in name for part in foreign)}
     tensors = {name: t for name, t in read.items() if name not in {*skip, *unwanted}} | kept
     _refuse_misfit(tensors, held, checkpoint)
@@ -196,6 +217,7 @@ def _manifest(model: PrunableModel) -> dict[str, Any]:
         "units": {name: units.tolist() for name, units in model.origin.items()},
         "tokens": model.reduction.to_json() if model.reduction else None,
         "sparse": model.sparse,
+        "biased": model.biased,
     }
 
 
@@ -204,13 +226,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"model.checkpoint={folder}: must be a folder with a {MANIFEST}, or a .safetensors file")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         found = {key: manifest[key] for key in ("format", "builder", "arguments", "units")}
         # a folder from before tokens could be merged, or blocks removed, has none
         found |= {key: manifest.get(key) for key in ("tokens", "blocks")}
-        found["sparse"] = manifest.get("sparse", False) is True
+        found |= {key: manifest.get(key, False) is True for key in ("sparse", "biased")}
         found["not_stock"] = manifest.get("not_stock", "it was saved before stock folders were written")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"model.checkpoint={folder}: {MANIFEST} is damaged ({error!r})") from error
     if found["format"] != FORMAT:
         raise InputError(f"model.checkpoint={folder}: format {found['format']} is not {FORMAT}, the one known here")
@@ -271,6 +293,7 @@ def _read_tensors(path: Path, checkpoint: str) -> dict[str, Tensor]:
 def _read_pickled(path: Path, checkpoint: str) -> dict[str, Tensor]:
     """Tensors of a torch file, unwrapped from a training script's dictionary; no code in it is run."""
     try:
+        _refuse_packed(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what the damage happens to cause
         raise InputError(
@@ -281,8 +304,27 @@ def _read_pickled(path: Path, checkpoint: str) -> dict[str, Tensor]:
     found = found[wrapper] if wrapper else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise InputError(f"model.checkpoint={checkpoint}: {path.name} must hold tensors by name, and nothing else")
+    if odd := next((name for name, tensor in found.items() if not _is_plain(tensor)), None):
+        rule = "must be stored in full, as dense numbers in main memory"
+        raise InputError(f"model.checkpoint={checkpoint}: {path.name}: {odd!r} {rule}")
     # DistributedDataParallel puts this before every name
     return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def _refuse_packed(path: Path) -> None:
+    """Refuse an archive whose parts are larger unpacked than the file: torch writes them as they are."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+            raise ValueError("packed parts")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether every number of a tensor is in the file: a view of one number may claim any shape."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _weights_in(folder: Path) -> Path | None:

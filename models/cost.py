@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
-from models.base import Batch, PrunableModel, UnitGroup
+from models.base import Batch, Products, PrunableModel, UnitGroup
 from models.latency_table import LatencyTable
 from models.positions import positions_per_call
 from models.token_cost import TokenCosts, token_costs_of, why_no_token_costs
@@ -130,6 +130,7 @@ def cost_model(model: PrunableModel, example: Batch) -> CostModel:
     groups = model.unit_groups()
     terms = _weight_terms(model, groups, calls)
     terms += [_attention_term(g, calls) for g in groups if g.pairwise_features and g.count]
+    terms += [_whole_term(model, products, calls) for products in model.whole_products()]
     counts = {group.name: group.count for group in groups}
     widths, kinds = ({g.name: getattr(g, what) for g in groups} for what in ("width", "kind"))
     why_no_tokens = why_no_token_costs(model)
@@ -160,7 +161,7 @@ def _weight_terms(model: PrunableModel, groups: Sequence[UnitGroup], calls: Mapp
         module, _, leaf = name.rpartition(".")
         runs = sum(calls.get(module, [])) if leaf == "weight" else 0
         # a tied weight is multiplied wherever it is used, but held once
-        layer = next((i for i, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        layer = _layer_of(name, blocks)
         terms.append(Term(macs=runs, params=int(id(tensor) not in counted), lengths=tuple(lengths), layer=layer))
         counted.add(id(tensor))
     return terms
@@ -171,8 +172,20 @@ def _length(size: int, per_unit: Sequence[tuple[str, int]], counts: Kept) -> Len
     return Length(size - in_groups, tuple(per_unit))
 
 
+def _whole_term(model: PrunableModel, products: Products, calls: Mapping[str, list[int]]) -> Term:
+    queries, keys = calls[products.queries], calls[products.keys]
+    pairs = sum(q * k for q, k in zip(queries, keys * len(queries) if len(keys) == 1 else keys, strict=True))
+    return Term(products.features * pairs, 0, (), _layer_of(products.queries, model.blocks()))
+
+
+def _layer_of(name: str, blocks: Sequence[str]) -> int | None:
+    """Position of the block that holds a module or tensor; None outside of them."""
+    return next((i for i, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+
+
 def _attention_term(group: UnitGroup, calls: Mapping[str, list[int]]) -> Term:
     queries = calls.get(group.consumer.module, [])
-    pairs = sum(count * (group.keys_per_query or count) for count in queries)
+    keys = calls[group.keys_from] if group.keys_from else [group.keys_per_query or count for count in queries]
+    pairs = sum(count * others for count, others in zip(queries, keys, strict=True))
     lengths = (Length(0, ((group.name, 1),)),)
     return Term(macs=group.pairwise_features * pairs, params=0, lengths=lengths, layer=group.layer)

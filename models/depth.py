@@ -38,6 +38,22 @@ def keep_listed(network: nn.Module, blocks: Sequence[str], kept: Sequence[int]) 
         del listed[position]
 
 
+def keep_staged(network: nn.Module, blocks: Sequence[str], kept: Sequence[int]) -> None:
+    """The same where blocks lie in the lists of several stages, one after the other; a stage may lose all of its own.
+
+    Args:
+        network: The module to shorten.
+        blocks: Names of all its blocks, stage by stage.
+        kept: Positions of those that stay, ascending.
+    """
+    stages: dict[str, list[int]] = {}
+    for position, block in enumerate(blocks):
+        stages.setdefault(block.rpartition(".")[0], []).append(position)
+    for positions in stages.values():
+        left = [number for number, position in enumerate(positions) if position in set(kept)]
+        keep_listed(network, [blocks[position] for position in positions], left)
+
+
 def shorten_transformer(network: nn.Module, blocks: Sequence[str], kept: Sequence[int]) -> None:
     """The same for a network of transformers: also its configuration, and the numbers by which layers find their cache.
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from models.base import PrunableModel
 from models.preprocessing import TextPreprocessing
+from models.remote_code import refuse_remote_code
 from models.shards import refuse_missing_shards
 from utils.errors import InputError
 from utils.hub import from_cache_or_hub
@@ -35,7 +36,7 @@ def config_of(source: str, local: bool, settings: Mapping[str, Any]) -> Any:
     """A model's configuration from a folder or the hub, with `settings` on top."""
 
     def load(only_here: bool) -> Any:
-        return AutoConfig.from_pretrained(source, local_files_only=only_here, **settings)
+        return AutoConfig.from_pretrained(source, local_files_only=only_here, trust_remote_code=False, **settings)
 
     return _fetched(load, source, local)
 
@@ -48,6 +49,7 @@ def _fetched(load: Any, source: str, local: bool) -> Any:
         raise InputError(
             f"model.checkpoint={source}: must be a folder in transformers' format, or one that save=true wrote"
         )
+    refuse_remote_code(Path(source))
     refuse_missing_shards(Path(source))
     try:
         return load(True)
@@ -104,16 +106,32 @@ def causal_network(source: str, local: bool, config: Any) -> nn.Module:
     Raises:
         InputError: If weights are missing, or shapes differ.
     """
+    return whole_network(AutoModelForCausalLM, source, local, config)
+
+
+def whole_network(kind: Any, source: str, local: bool, config: Any, unread: Sequence[str] = ()) -> nn.Module:
+    """Load a network by one of transformers' classes, all weights of it.
+
+    Args:
+        kind: The class, which has `from_pretrained`.
+        source: A folder, or a hub name.
+        local: Whether it is a folder.
+        config: What the network is built from.
+        unread: Parts of names of weights that may be missing, since nothing is computed with them.
+
+    Raises:
+        InputError: If weights are missing, or shapes differ.
+    """
 
     def load(only_here: bool) -> Any:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(
+            return kind.from_pretrained(
                 source, config=config, local_files_only=only_here, output_loading_info=True,
                 dtype=config.dtype or torch.float32,
             )  # fmt: skip
 
     network, found = _fetched(load, source, local)
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(name for name in found["missing_keys"] if not any(part in name for part in unread)):
         key = f"model.checkpoint={source}" if local else f"model.name={source}"
         raise InputError(
             f"{key}: first difference at {missing[0]!r}: the file has nothing, the model {_shape(network, missing[0])}"
@@ -209,7 +227,7 @@ def load_tokenizer(source: str, local: bool) -> Any:
 
     def load(only_here: bool) -> Any:
         with quiet():
-            return AutoTokenizer.from_pretrained(source, local_files_only=only_here)
+            return AutoTokenizer.from_pretrained(source, local_files_only=only_here, trust_remote_code=False)
 
     bare = local and (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file()
     if bare:  # without its configuration transformers cannot tell which class it is

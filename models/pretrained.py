@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 import utils.training
-from data.base import DataBundle
+from data.base import DataBundle, Task, Weighing
 from models.base import Batch, PrunableModel
 from models.checkpoint import fill, tensors_of
 from utils.code import code_hash
+from utils.distributed import divided
+from utils.memory import Portions, rows_of
 from utils.storage import Artifact, Scratch, Store, folder_name
 from utils.training import History, Trained, Training, fit
 
@@ -37,14 +39,40 @@ def with_weights(model: PrunableModel, data: DataBundle, store: Store, seed: int
     return model, found.artifact.facts["history"]
 
 
-def task_loss(model: PrunableModel, data: DataBundle, settings: Training) -> Callable[[Batch], Tensor]:
-    """The task's own loss of a model on a batch."""
+def task_loss(model: PrunableModel, data: DataBundle, settings: Training) -> Callable[..., Tensor]:
+    """The task's own loss of a model on a batch; of some rows of one, weighed by their share of the whole batch."""
 
-    def loss(batch: Batch) -> Tensor:
-        placed = model.place(batch)
-        return data.task.loss(model.logits(placed), placed, settings.label_smoothing)
+    def loss(batch: Batch, whole: Batch | None = None) -> Tensor:
+        placed = model.place(rows_to_answer(batch, whole))
+        logits, share = model.logits(placed), share_of(data.task, batch, whole)
+        return data.task.loss(logits, placed, settings.label_smoothing) * share if share else nothing(logits)
 
     return loss
+
+
+def rows_to_answer(rows: Batch, whole: Batch | None) -> Batch:
+    """Some rows of a batch; where there are none, its first one, which must not count."""
+    if whole is None or len(next(iter(rows.values()))):
+        return rows
+    return {name: tensor[:1] for name, tensor in whole.items()}
+
+
+def share_of(task: Task, rows: Batch, whole: Batch | None) -> float:
+    """Part of a batch's mean loss that falls to some of its rows; 1 for all of them (None)."""
+    if whole is None:
+        return 1.0
+    weight = task.weight if isinstance(task, Weighing) else samples_in
+    return weight(rows) / max(weight(whole), 1)
+
+
+def samples_in(batch: Batch) -> int:
+    """Samples of a batch."""
+    return len(next(iter(batch.values())))
+
+
+def nothing(logits: Tensor) -> Tensor:
+    """A loss of 0 whose gradients are zeros, not missing."""
+    return logits.float().sum() * 0.0
 
 
 def train(
@@ -61,17 +89,36 @@ def train(
 
 
 @torch.inference_mode()
-def validate(model: PrunableModel, data: DataBundle) -> dict[str, float]:
-    """Mean loss and the task's own quality on the validation split, as `validation_<name>`."""
+def validate(model: PrunableModel, data: DataBundle, joint: bool = True) -> dict[str, float]:
+    """Mean loss and the task's own quality on the validation split, as `validation_<name>`.
+
+    Args:
+        model: What is scored.
+        data: The split.
+        joint: Whether the processes of a run share the batches; not where each holds but a part of the weights.
+    """
     sums: dict[str, float] = {}
     samples = 0
-    for batch in data.validation:
-        placed = model.place(batch)
-        logits, count = model.logits(placed), len(next(iter(batch.values())))
-        sums["loss"] = sums.get("loss", 0.0) + float(data.task.loss(logits, placed)) * count
-        for name, values in data.task.quality(logits, placed).items():
-            sums[name] = sums.get(name, 0.0) + float(values.sum())
-        samples += count
+    portions = Portions("validation")
+
+    def terms(batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+        count = samples_in(batch)
+
+        def part(rows: range) -> dict[str, float]:
+            some = rows_of(batch, rows)
+            placed = model.place(some)
+            logits = model.logits(placed)
+            quality = {name: float(values.sum()) for name, values in data.task.quality(logits, placed).items()}
+            share = share_of(data.task, some, None if len(rows) == count else batch)
+            return {"loss": float(data.task.loss(logits, placed)) * share * count if share else 0.0, **quality}
+
+        parts = [*portions.each(count, part)]
+        return {}, {"samples": count} | {name: sum(found[name] for found in parts) for name in parts[0]}
+
+    for _, found in divided(data.validation, terms) if joint else map(terms, data.validation):
+        samples += found.pop("samples")
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + value
     return {f"validation_{name}": total / samples for name, total in sums.items()}
 
 

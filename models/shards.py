@@ -1,9 +1,9 @@
 """Weights that lie in several files: what an index names must be there."""
 
-import json
 from pathlib import Path
 
 from utils.errors import InputError
+from utils.plain_json import read_json
 
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -18,7 +18,9 @@ def refuse_missing_shards(folder: Path) -> None:
     if index is None or any((folder / name).is_file() for name in WHOLE):
         return
     try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(read_json(index)["weight_map"].values()))
+        if outside := [name for name in files if Path(name).name != name]:
+            raise ValueError(f"{outside[0]!r} is no name of a file in this folder")
         missing = [name for name in files if not (folder / name).is_file()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"model.checkpoint={folder}: {index.name} is damaged ({error!r})") from error

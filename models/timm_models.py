@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,23 +24,25 @@ M = TypeVar("M", bound=PrunableModel)
 
 
 def assembled(
-    family: type[M],
+    family: Callable[[nn.Module, Recipe, Any], M],
     recipe: Recipe,
     *,
     pretrained: bool,
     checkpoint: str | None,
     new_head: bool,
     training: Any,
+    derived: Sequence[str] = (),
 ) -> M:
     """Build a timm model with the weights that were asked for.
 
     Args:
-        family: The adapter; its constructor takes network, recipe and training.
+        family: Makes the adapter of network, recipe and training.
         recipe: Arguments `name`, `classes`, `settings` and, where sizes are fixed, `image_size`.
         pretrained: Take the weights that timm publishes under the name.
         checkpoint: A weights file or a folder; wins over `pretrained`.
         new_head: Leave the classifier at random weights, to be trained on first use.
         training: How to train where the weights are not complete.
+        derived: Parts of names that a checkpoint may hold beyond the network's, as they follow from its sizes.
 
     Raises:
         InputError: If the name is unknown, or weights are missing or don't fit.
@@ -54,7 +56,7 @@ def assembled(
     model = family(network, recipe, training)
     model.preprocessing = preprocessing_of(network)
     if checkpoint is not None:
-        load_weights(model, checkpoint, skip=head_names(network) if new_head else ())
+        load_weights(model, checkpoint, skip=head_names(network) if new_head else (), foreign=derived)
     model.has_weights = (published or checkpoint is not None) and not new_head
     model.training = None if model.has_weights else training
     return model
@@ -68,7 +70,7 @@ def network_of(name: str, classes: int | None, settings: Mapping[str, Any], imag
     sizes = {"num_classes": classes, "img_size": image_size}
     try:
         return timm.create_model(name, **{k: v for k, v in sizes.items() if v is not None}, **settings)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, IndexError, KeyError) as error:
         given = ", ".join(f"{key}={value}" for key, value in {**sizes, **settings}.items() if value is not None)
         raise InputError(f"model.name={name}: timm cannot build it with {given or 'no arguments'}: {error}") from error
 

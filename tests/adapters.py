@@ -8,6 +8,7 @@ import torch
 from data.base import Classification, DataBundle, Task, TensorBatches
 from data.language_modelling import LanguageModelling
 from data.regression import Regression
+from data.segmentation_task import Segmentation
 from data.squad_task import QuestionAnswering
 from models.base import Batch, PrunableModel
 from models.bert import LAYOUTS, bert
@@ -16,7 +17,9 @@ from models.llama import llama
 from models.resnet import resnet
 from models.toy_encoder import toy_encoder
 from models.vit import vit
+from tests.mask2former_models import least_mask2former
 from tests.modules import CLASSES, TOKENS, WIDTH, conv_model, fused_model, grouped_model, stirred
+from tests.timm_small import timm_small
 
 Adapter = Callable[[], tuple[PrunableModel, Batch]]
 
@@ -113,6 +116,8 @@ ADAPTERS: dict[str, Adapter] = {
     "vit_qk_norm": lambda: timm_vit("vit_base_patch16_224", qk_norm=True, class_token=False, global_pool="avg"),
     "resnet_basic": lambda: timm_resnet("resnet18"),
     "resnet_bottleneck": lambda: timm_resnet("resnet50"),
+    **{kind: partial(timm_small, kind) for kind in ("swin", "swin_v2", "beit", "eva02", "convnext")},
+    "mask2former": least_mask2former,
     **{kind.replace("-", "_"): partial(encoder, kind) for kind in LAYOUTS},
     "llama": lambda: causal("llama", attention_bias=True, mlp_bias=True),
     "llama_plain": lambda: causal("llama", head_dim=None),
@@ -132,6 +137,9 @@ def bundle_of(samples: Batch, batches: int = 3) -> DataBundle:
         for rows in zip(*(t.tensor_split(batches) for t in samples.values()), strict=True)
     ]
     task: Task = QuestionAnswering() if "start" in samples else Classification(CLASSES)
+    if "labels" in samples and samples["labels"].ndim == 3:
+        height, width = samples["inputs"].shape[2:]
+        task = Segmentation(CLASSES, (height // 4, width // 4))
     if "labels" not in samples and "start" not in samples:
         task = LanguageModelling(vocabulary=50)
     if "labels" in samples and samples["labels"].is_floating_point():
