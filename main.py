@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from prune.optin.published_config import expanded
 from utils.cli import command, exit_codes, launch
 from utils.from_python import configured, dated_folder
+from utils.launched import speaks
+from utils.secrets import redacted
 
 if TYPE_CHECKING:
     from evals.report import Record
@@ -45,13 +47,15 @@ def run(
     from prune import recipe
     from prune.rounds import in_rounds
     from utils.environment import versions
+    from utils.joining import joined
     from utils.storage import Store
 
     out = dated_folder() if out is None else Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, out / "config.yaml", resolve=True)
+    if speaks():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(redacted(OmegaConf.to_yaml(cfg, resolve=True)), encoding="utf-8")
     record, store = Record.begin(cfg, versions(), command), Store(Path(cfg.storage))
-    with record.kept_in(out):
+    with record.kept_in(out), joined(cfg.device):
         with record.phase("load"):
             parts = recipe.loaded(cfg, record, store)
         with record.phase("train"):
@@ -61,23 +65,28 @@ def run(
             partial(record.keep, out), parts.priced,
         )  # fmt: skip
         record.recovery = done.recovered
-        if cfg.save:
+        if cfg.save and speaks():
             with record.phase("recover"):
                 record.saved = recipe.saved(done.recovered.model, out)
         with record.phase("evaluate"), record.watched():
             recipe.measured(cfg, parts, model, done, record, store)
-        recipe.drawn(cfg, parts, model, done, record, out)
+        if speaks():
+            recipe.drawn(cfg, parts, model, done, record, out)
     return record
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
-def main(cfg: DictConfig) -> None:
-    """Run one job and print what it found."""
+def main(cfg: DictConfig) -> tuple[float, ...] | None:
+    """Run one job, print what it found, and return what a search goes by."""
+    from evals.objectives import objectives
     from evals.terminal import print_record
 
     out = Path(HydraConfig.get().runtime.output_dir)
     with exit_codes():
-        print_record(run(cfg, out, command()), out)
+        record = run(cfg, out, command())
+        if speaks():
+            print_record(record, out)
+        return objectives(record, HydraConfig.get().sweeper)
 
 
 if __name__ == "__main__":

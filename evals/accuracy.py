@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from data.base import DataBundle, Scored
 from evals.base import Measurement, Measurements, Subject
@@ -13,6 +14,8 @@ from utils.errors import InputError
 @dataclass(frozen=True)
 class Accuracy:
     """Fraction correct on the validation split, with its standard error and the chance level."""
+
+    divides: ClassVar[bool] = True
 
     def check(self, model: PrunableModel, data: DataBundle) -> None:
         """Refuse a task that has other metrics.

@@ -33,7 +33,8 @@ def _result(job: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
         return None
-    return found if isinstance(found, dict) and found.get("status") == "ok" else None
+    whole = isinstance(found, dict) and found.get("status") == "ok" and {"dense", "pruned"} <= found.keys()
+    return found if whole else None
 
 
 def _reasons(results: Mapping[str, Mapping[str, Any]]) -> list[str]:

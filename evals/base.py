@@ -1,8 +1,9 @@
 """What a metric is given and what it returns."""
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -57,7 +58,15 @@ class Subject:
 
     def __init__(self, model: PrunableModel, data: DataBundle, store: Store | None = None) -> None:
         self.model, self.data, self.store = model, data, store
+        self.joint = True
         self._answers: dict[str, Predictions] = {}
+
+    def alone(self) -> "Subject":
+        """The same for one process of a run, which asks no other one for anything; what is known stays known."""
+        twin = copy.copy(self)
+        twin.joint, twin._answers = False, dict(self._answers)
+        twin.store = None if self.store is None else replace(self.store, joint=False)
+        return twin
 
     @cached_property
     def predictions(self) -> Predictions:
@@ -66,7 +75,7 @@ class Subject:
         What a task condenses stands in the place of logits that are too large to keep.
         """
         if self.store is None:
-            return predictions_of(self.model, self.data)
+            return predictions_of(self.model, self.data, joint=self.joint)
         return kept_predictions(self.model, self.data, self.store)
 
     def answers(self, batches: Iterable[Batch], identity: str) -> Predictions:
@@ -78,7 +87,7 @@ class Subject:
         """
         if identity not in self._answers:
             if self.store is None:
-                found = predictions_of(self.model, self.data, batches)
+                found = predictions_of(self.model, self.data, batches, self.joint)
             else:
                 found = kept_predictions(self.model, self.data, self.store, batches, identity)
             self._answers[identity] = found

@@ -58,6 +58,7 @@ class DocumentPerplexity(ABC):
 
     name: ClassVar[str]
     unit: ClassVar[str]
+    divides: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -8,6 +8,7 @@ from data.base import DataBundle
 from evals.base import Measurement, Measurements, Metric, Subject
 from evals.comparable import refuse_incomparable
 from models.base import PrunableModel
+from utils.distributed import from_first, is_first, world_size
 from utils.seed import random_state_restored
 from utils.storage import Store
 
@@ -34,8 +35,28 @@ def evaluate(
     refuse_incomparable(subjects)
     for metric in metrics.values():
         with random_state_restored():
-            found = _absent(metric, subjects) or metric.measure(subjects)
+            found = _absent(metric, subjects) or _measured(metric, subjects)
         yield [described(of_model, metric) for of_model in found]
+
+
+def _measured(metric: Metric, subjects: Sequence[Subject]) -> list[Measurements]:
+    """Measure with all processes of a run where a metric divides its work, else with the first one alone.
+
+    The others wait without a load on the machine, which would disturb what a clock tells.
+    """
+    if (size := world_size()) == 1:
+        return metric.measure(subjects)
+    if getattr(metric, "divides", False):
+        return [_by(found, f"{size} processes") for found in metric.measure(subjects)]
+    found: list[Measurements] = [{} for _ in subjects]
+    if is_first():
+        found = metric.measure([subject.alone() for subject in subjects])
+    from_first(lambda: ({}, None))
+    return [_by(of_model, f"1 of {size} processes, the others waiting") for of_model in found]
+
+
+def _by(found: Measurements, who: str) -> Measurements:
+    return {name: replace(m, details={**m.details, "measured_by": who}) for name, m in found.items()}
 
 
 def _absent(metric: Metric, subjects: Sequence[Subject]) -> list[Measurements] | None:

@@ -14,6 +14,7 @@ from evals.isolated import isolated_timings
 from evals.saturation import Saturation, saturating_batch
 from evals.timing import Call, Protocol, time_interleaved
 from evals.timing_statistics import Timings, comparison, interval_of, statistics_ms
+from utils.memory import out_of_memory
 
 SEARCH = Protocol(warmup=3, blocks=1, seconds=0.1, least_calls=4)
 
@@ -43,13 +44,6 @@ class Timed:
         assert self.timings
         content = {"unit": "ms", "first_call": self.timings.first_ms, "blocks": self.timings.blocks_ms}
         return json.dumps(content).encode()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory was too small; on a CPU torch has no class for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def time_models(

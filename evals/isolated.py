@@ -88,7 +88,7 @@ def main(folder: Path) -> None:
     except InputError as error:
         answer = {"reason": f"the fresh process could not load the model: {error}"}
     except Exception as error:
-        from evals.harness import out_of_memory
+        from utils.memory import out_of_memory
 
         if not out_of_memory(error):
             raise

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from data.base import Condensing, Particular
 from evals.base import Measurement, Measurements, Subject
@@ -10,6 +11,8 @@ from evals.base import Measurement, Measurements, Subject
 @dataclass(frozen=True)
 class Loss:
     """Mean loss over the validation split, in nats for classification and, a token, for language modelling."""
+
+    divides: ClassVar[bool] = True
 
     def measure(self, subjects: Sequence[Subject]) -> list[Measurements]:
         """Score each model's predictions."""

@@ -7,7 +7,8 @@ work quotes it, under its own name, and is never the primary one.
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -89,9 +90,22 @@ def counted_macs(model: PrunableModel, example: Batch) -> int:
     The counter is tried on a known attention call first: some builds return 0 or double it.
     """
     _self_test()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _without_gradients(model.network), FlopCounterMode(display=False) as counter:
         model.logits(model.place(example))
     return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _without_gradients(network: nn.Module) -> Iterator[None]:
+    """No weight needs a gradient for the block: the counter fails on an expanded one that does (learned queries)."""
+    wanted = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 def _self_test() -> None:

@@ -5,35 +5,43 @@ plotly's own script, which is part of the page.
 """
 
 import json
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from evals.charts import charts_of
-from evals.page_tables import comparison_table, measured_table, provenance, runs_table
+from evals.class_table import HEADINGS, class_rows
+from evals.page_tables import comparison_table, measured_table, provenance, runs_table, table
 from evals.protocols import apart
 
 Result = Mapping[str, Any]
 PARTS = Path(__file__).parent / "page_parts"
+NO_PICTURES: Mapping[str, bytes] = MappingProxyType({})
 NO_CHARTS = "Charts are left out: the package plotly is not installed (pip install -r requirements.txt)."
 
 
-def page(title: str, runs: Mapping[str, Result], warnings: Sequence[str] = ()) -> str:
+def page(
+    title: str, runs: Mapping[str, Result], warnings: Sequence[str] = (), pictures: Mapping[str, bytes] = NO_PICTURES
+) -> str:
     """The page as HTML.
 
     Args:
         title: Its heading.
         runs: Contents of result.json by the name that each run goes by.
         warnings: What stands on top before the runs' own warnings.
+        pictures: PNGs by their paths, to be part of the page.
     """
     runs = apart(runs)
     drawn = charts_of(runs)
     notes = [*warnings, *_warnings(runs), *([] if _plotly() or not drawn else [NO_CHARTS])]
     body = [f"<h1>{escape(title)}</h1>", *(f'<p class="warning">{escape(note)}</p>' for note in notes), _single(runs)]
     body += [runs_table(runs) if len(runs) > 1 else _single_table(runs)]
+    body += [_picture(path, content) for path, content in pictures.items()]
     body += [f"<section class='charts'>{''.join(map(_place, drawn))}</section>" if drawn and _plotly() else ""]
     body += [comparison_table(runs) if len(runs) > 1 else "", provenance(runs) if runs else ""]
     return _document(title, "\n".join(body), drawn if _plotly() else [])
@@ -63,8 +71,21 @@ def _named(runs: Mapping[str, Result]) -> dict[str, list[str]]:
 
 def _single_table(runs: Mapping[str, Result]) -> str:
     for result in runs.values():
-        return measured_table(result)
+        return measured_table(result) + _class_table(result)
     return "<p>No run left a result.</p>"
+
+
+def _class_table(result: Result) -> str:
+    """The IoU of each class, where that was measured."""
+    rows = class_rows(result["dense"], result["pruned"])
+    return f"<h2>IoU of each class</h2>{table(HEADINGS, rows, (False, True, True, True))}" if rows else ""
+
+
+def _picture(path: str, content: bytes) -> str:
+    """A picture as part of the page: it must open from wherever the page lies."""
+    name = escape(Path(path).stem.replace("_", " "))
+    image = f"<img alt='{name}' src='data:image/png;base64,{b64encode(content).decode()}'>"
+    return f"<figure class='picture'><figcaption>{name}</figcaption>{image}</figure>"
 
 
 def _place(chart: Mapping[str, Any]) -> str:

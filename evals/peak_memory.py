@@ -12,8 +12,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from evals.base import Measurement, Measurements, Subject
-from evals.harness import batches_of, out_of_memory
+from evals.harness import batches_of
 from evals.isolated import in_fresh_process
+from utils.memory import out_of_memory
 from utils.rules import Count, check_fields
 
 HOW = {

@@ -7,6 +7,7 @@ the perplexity of n chunks is `exp(sum_c m_c / n)`. Figures of different L, or o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class Perplexity:
 
     length: Count = 2048
     batch: Count = 4
+
+    divides: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)

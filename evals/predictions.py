@@ -8,14 +8,19 @@ from torch import Tensor
 
 from data.base import Condensing, DataBundle, Task
 from models.base import Batch, PrunableModel
+from models.pretrained import samples_in
 from utils.code import code_hash
+from utils.distributed import divided
+from utils.memory import Portions, rows_of
 from utils.storage import Artifact, Scratch, Store, folder_name
 
 Predictions = list[tuple[Tensor, Batch]]
 
 
 @torch.inference_mode()
-def predictions_of(model: PrunableModel, data: DataBundle, batches: Iterable[Batch] | None = None) -> Predictions:
+def predictions_of(
+    model: PrunableModel, data: DataBundle, batches: Iterable[Batch] | None = None, joint: bool = True
+) -> Predictions:
     """Logits of every batch, float32 on the CPU, with what scoring needs of the batch.
 
     A task whose logits are too large to keep condenses each batch's as soon as they are there.
@@ -24,13 +29,22 @@ def predictions_of(model: PrunableModel, data: DataBundle, batches: Iterable[Bat
         model: The model that answers.
         data: The task.
         batches: What is answered; None: the validation split.
+        joint: Whether the processes of a run share the batches; each batch is answered as a whole by one of them,
+            so that answers don't depend on how many there are.
     """
-    found = []
-    for batch in data.validation if batches is None else batches:
-        placed = model.place(batch)
-        answer = _answer(data.task, model.logits(placed), placed)
-        found.append((answer, {name: tensor for name, tensor in batch.items() if name in data.task.targets}))
-    return found
+    portions = Portions("evaluation")
+
+    def answered(batch: Batch) -> tuple[Batch, None]:
+        def part(rows: range) -> Tensor:
+            placed = model.place(rows_of(batch, rows))
+            return _answer(data.task, model.logits(placed), placed)
+
+        answer = torch.cat([*portions.each(samples_in(batch), part)])
+        return {"logits": answer, **{n: tensor for n, tensor in batch.items() if n in data.task.targets}}, None
+
+    split = data.validation if batches is None else batches
+    found = [tensors for tensors, _ in (divided(split, answered) if joint else map(answered, split))]
+    return [(batch.pop("logits"), batch) for batch in found]
 
 
 def _answer(task: Task, logits: Tensor, batch: Batch) -> Tensor:
@@ -56,7 +70,7 @@ def kept_predictions(
 
     def compute(scratch: Scratch) -> Artifact:
         tensors = {}
-        for number, (logits, batch) in enumerate(predictions_of(model, data, batches)):
+        for number, (logits, batch) in enumerate(predictions_of(model, data, batches, store.joint)):
             tensors |= {f"{number:06}/{name}": tensor for name, tensor in {"logits": logits, **batch}.items()}
         return Artifact(tensors, {"model": model.name, "data": data.name})
 

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from evals.base import Measurement, Measurements, Subject
-from evals.harness import out_of_memory
+from utils.memory import out_of_memory
 from utils.rules import Count, check_fields
 
 # the first kind whose part of a name is found in an operator's name takes it

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from data.base import Figure
 from evals.base import Measurement, Measurements, Subject
@@ -15,6 +16,8 @@ class Quality:
     them); regression: Pearson and Spearman correlation; question answering: exact match and F1;
     language modelling: perplexity and accuracy per token of the validation samples.
     """
+
+    divides: ClassVar[bool] = True
 
     def measure(self, subjects: Sequence[Subject]) -> list[Measurements]:
         """Score each model's predictions."""

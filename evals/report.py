@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.base import DataBundle
 from evals.base import Measurements
+from evals.class_table import class_block
 from evals.notes import timing_notes
 from evals.page import page
 from evals.profile_text import profile_blocks
@@ -31,9 +32,14 @@ from prune.recovery.base import Recovered
 from prune.rewriting import Applied
 from utils.errors import RunError
 from utils.files import write_atomically
+from utils.launched import speaks
 from utils.machine import describe_machine, load_watched
+from utils.memory import Shortage, described, shortages
+from utils.secrets import covered, redacted
 from utils.storage import key_hash
 
+# what a run did not do wrong
+STOPPED: dict[type, str] = {KeyboardInterrupt: "interrupted (Ctrl-C)", SystemExit: "terminated from outside"}
 NAMES = {"mlp": "MLP", "attention": "attention"}
 PHASES = ("load", "train", "rank", "search", "cut", "recover", "evaluate", "total")
 
@@ -67,15 +73,17 @@ class Record:
     source_notes: Sequence[Sequence[str]] = ()
     recovery: Recovered | None = None
     plots: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
     sections: list[str] = field(default_factory=list)
     unrecovered: Measurements = field(default_factory=dict)
+    shortages: list[Shortage] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @classmethod
     def begin(cls, cfg: DictConfig, versions: dict[str, Any], command: str) -> "Record":
         """Start the record of a run, resolved configuration included."""
-        config = OmegaConf.to_container(cfg, resolve=True)
-        return cls(cfg.name, config, cfg.seed, versions, command)  # type: ignore[arg-type]
+        config = covered(OmegaConf.to_container(cfg, resolve=True))
+        return cls(cfg.name, config, cfg.seed, versions, redacted(command))
 
     def note(self, model: PrunableModel, data: DataBundle, ranking: Ranking) -> None:
         """Take in what the scores were made from, and where they lie."""
@@ -112,14 +120,15 @@ class Record:
     def kept_in(self, out: Path) -> Iterator[None]:
         """Write result.json, report.md and report.html after the block, and tell the tracker; also when it fails."""
         try:
-            with self.phase("total"):
+            with self.phase("total"), shortages() as self.shortages:
                 yield
             self.status = "ok"
         except BaseException as error:
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = STOPPED.get(type(error)) or redacted(f"{type(error).__name__}: {error}")
             raise
         finally:
-            self._write(out)
+            if speaks():
+                self._write(out)
 
     def _draw_profile(self, out: Path) -> None:
         """A picture of where the time went, if that was measured."""
@@ -139,10 +148,11 @@ class Record:
         self._draw_profile(out)
         for name, content in [*side_files("dense", self.dense), *side_files("pruned", self.pruned)]:
             write_atomically(out / name, content)
-        result = _finite(self.to_json())
+        result = covered(_finite(self.to_json()))
         write_atomically(out / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
-        write_atomically(out / "report.md", self.to_markdown().encode())
-        write_atomically(out / "report.html", page(self.name, {self.name: result}).encode())
+        write_atomically(out / "report.md", redacted(self.to_markdown()).encode())
+        pictures = {picture: (out / picture).read_bytes() for picture in self.pictures}
+        write_atomically(out / "report.html", page(self.name, {self.name: result}, pictures=pictures).encode())
         if self.tracker is not None:
             self.tracker.log(result, out)
 
@@ -163,7 +173,8 @@ class Record:
     def keep(self, out: Path, plan: Plan) -> None:
         """Take in a plan, and write it down."""
         self.plan = plan
-        plan.save(out / "plan.json")
+        if speaks():
+            plan.save(out / "plan.json")
 
     def to_json(self) -> dict[str, Any]:
         """The content of result.json."""
@@ -191,6 +202,7 @@ class Record:
             "history": self.history,
             "recovery": {**trained.facts, "history": with_seconds(trained)} if trained else None,
             "saved": self.saved,
+            "out_of_memory": [asdict(found) for found in self.shortages],
             "seconds": self.seconds,
             "warnings": self.warnings(),
         }
@@ -208,6 +220,7 @@ class Record:
         notes += [self.scores_note] if self.scores_note else []
         notes += self.plan.details.get("notes", []) if self.plan else []
         notes += self.recovery.notes if self.recovery else []
+        notes += map(described, self.shortages)
         if self.status != "ok":
             notes.append(f"The run failed: {self.error}")
         if self.plan and self.plan.budget and self.plan.is_identity:
@@ -234,6 +247,8 @@ class Record:
         parts += [f"    {self.command}", self._what_was_run()]
         if self.dense:
             parts += ["## Dense and pruned", self._comparison(), how_list(self.pruned)]
+        if classes := class_block(_plain(self.dense), _plain(self.pruned)):
+            parts += ["## IoU of each class", classes]
         if operators := profile_blocks(self.dense, self.pruned):
             parts += ["## Where the time went", operators]
         parts += [f"{self.saved}."] if self.saved else []
@@ -251,7 +266,7 @@ class Record:
         if self.plan and self.plan.matrices:
             parts += ["## Zeros per matrix", self._zeros_table()]
         parts += self.sections
-        parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in self.plots]
+        parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in [*self.pictures, *self.plots]]
         spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items() if seconds)
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items() if number)
         parts += ["## How it ran", f"Seconds: {spent}.", f"Versions: {versions}.", self._provenance()]
@@ -267,6 +282,8 @@ class Record:
         place = "no device"
         if self.device:
             place = f"{self.device['name']} ({self.device['type']}, {self.device['cpu_threads']} CPU threads)"
+            if "world_size" in self.device:
+                place += f", in {self.device['world_size']} processes ({self.device['backend']})"
         plan = self.plan
         if plan is None or plan.budget is None:
             what = f"{self.model_name} on {self.data_name}, nothing" if self.model_name else "Nothing"

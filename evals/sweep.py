@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -22,11 +23,13 @@ from evals.protocols import SIDES, Columns, column_names, protocol_of
 from evals.trainings import draw_trainings
 from utils.compose import ComposedOnce
 from utils.files import write_atomically
+from utils.locks import Lock, locked
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 TIMED = ("latency", "throughput", "prefill", "first_token", "decode", "energy", "co2")
+MERGING = ".merging.lock"
 FIXED = ("job", "status", "error", "method", "ratio_asked", "ratio_reached", "cache_hit", "seconds", "quality")
 
 
@@ -38,16 +41,61 @@ class SweepReport(Callback):
         loader = GlobalHydra.instance().config_loader()
         loader.load_sweep_config = ComposedOnce(loader)
 
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Work where the sweep was started, so that relative paths mean the same in every process."""
+        home = Path(config.hydra.runtime.cwd)
+        if _is_sweep(config) and home.is_dir() and not home.samefile(Path.cwd()):
+            os.chdir(home)
+
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         """Rebuild after each job, also one that failed."""
-        if str(config.hydra.mode).endswith("MULTIRUN"):
-            rebuild(Path(config.hydra.sweep.dir))
+        if _is_sweep(config):
+            refresh(Path(config.hydra.sweep.dir))
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Rebuild once more when all jobs are there, and say where it lies."""
-        rows = rebuild(Path(config.hydra.sweep.dir))
-        write_page(Path(config.hydra.sweep.dir))
-        log.info("%d jobs; table and plot: %s", len(rows), Path(config.hydra.sweep.dir) / "report.html")
+
+def _is_sweep(config: DictConfig) -> bool:
+    return str(config.hydra.mode).endswith("MULTIRUN")
+
+
+def close(sweep: Path) -> bool:
+    """Bring a sweep's files to their end, whoever ran its jobs and whatever became of them.
+
+    Returns:
+        Whether there are jobs and all are well.
+    """
+    rows = rebuild(sweep) if sweep.is_dir() else []
+    if rows:
+        write_page(sweep)
+        log.info("%d jobs; table and plot: %s", len(rows), sweep / "report.html")
+    left = [row["job"] for row in rows if row["status"] != "ok"]
+    if left:
+        print(
+            f"{len(left)} of {len(rows)} jobs have no good result; the same command and resume={sweep} does them again"
+        )
+    return bool(rows) and not left
+
+
+def refresh(sweep: Path) -> None:
+    """Rebuild, unless another process is at it: that one looks again when it is done.
+
+    So the last job's row is never missed, and many jobs that end together do not queue.
+    """
+    while True:
+        seen = _results(sweep)
+        lock = Lock(sweep / MERGING)
+        if not lock.acquire(timeout=0):
+            return
+        try:
+            _rebuild(sweep)
+        finally:
+            lock.release()
+        if _results(sweep) == seen:
+            return
+
+
+def _results(sweep: Path) -> dict[str, int]:
+    """When each job's result was last written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in sweep.glob("*/result.json")}
 
 
 def rebuild(sweep: Path) -> list[Row]:
@@ -59,6 +107,11 @@ def rebuild(sweep: Path) -> list[Row]:
     Returns:
         One row a job, in the jobs' order.
     """
+    with locked(sweep / MERGING):
+        return _rebuild(sweep)
+
+
+def _rebuild(sweep: Path) -> list[Row]:
     jobs = sorted((p for p in sweep.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
     found = [_read(job) for job in jobs]
     columns = column_names(result for result in found if isinstance(result, dict))

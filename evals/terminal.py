@@ -1,5 +1,6 @@
 """What a run prints at its end."""
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -12,8 +13,15 @@ from evals.table import rows
 
 
 def print_record(record: Record, out: Path) -> None:
-    """Print what a run found, and where it left its files."""
+    """Print what a run found, and where it left its files; in one piece, as jobs may run side by side."""
     console = Console()
+    with console.capture() as captured:
+        _print_record(console, record, out)
+    sys.stdout.write(captured.get())
+    sys.stdout.flush()
+
+
+def _print_record(console: Console, record: Record, out: Path) -> None:
     for note in record.warnings():
         console.print(f"[yellow]note[/yellow] {escape(note)}")
     console.print(terminal_table(record.dense, record.pruned))

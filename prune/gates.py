@@ -5,18 +5,21 @@ weight times gradient over the unit's columns of the consumer's weight, without 
 any weight gradient.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data.base import DataBundle
-from models.base import PrunableModel, UnitGroup
+from data.base import DataBundle, Task
+from models.base import Batch, PrunableModel, UnitGroup
+from models.pretrained import samples_in, share_of
 from prune.base import Plan
+from utils.distributed import divided
 from utils.errors import InputError
 from utils.hooks import hooked
+from utils.memory import Portions, rows_of
 from utils.progress import progress_bar
 from utils.seed import random_state_restored
 
@@ -94,6 +97,38 @@ def calibration_of(data: DataBundle) -> DataBundle:
     return data
 
 
+def loss_gradients(
+    model: PrunableModel, task: Task, batch: Batch, of: Sequence[Tensor], portions: Portions
+) -> list[Tensor]:
+    """Gradients of a batch's mean loss; where memory runs out, of parts of it, each weighed by its share of the mean.
+
+    Args:
+        model: The model.
+        task: Whose loss.
+        batch: On any device.
+        of: What is differentiated by; takes gradients, and the loss depends on it. What it does not depend on (a gate
+            of a unit behind an emptied layer) has a gradient of zero.
+        portions: How many samples fit.
+    """
+    samples = samples_in(batch)
+
+    def part(rows: range) -> list[Tensor]:
+        placed = model.place(rows_of(batch, rows))
+        share = share_of(task, placed, None if len(rows) == samples else batch)
+        if not share:  # a mean over nothing
+            return [torch.zeros_like(tensor) for tensor in of]
+        with torch.enable_grad():
+            loss = task.loss(model.logits(placed), placed)
+            found = torch.autograd.grad(loss, list(of), materialize_grads=True)
+        return [*found] if len(rows) == samples else [gradient * share for gradient in found]
+
+    parts = portions.each(samples, part)
+    sums = next(parts)
+    for values in parts:
+        sums = [total + value for total, value in zip(sums, values, strict=True)]
+    return sums
+
+
 def gate_gradients(model: PrunableModel, data: DataBundle, title: str) -> dict[str, Tensor]:
     """Gradient of each calibration batch's mean loss with respect to every gate, at one.
 
@@ -113,15 +148,14 @@ def gate_gradients(model: PrunableModel, data: DataBundle, title: str) -> dict[s
     }
     if not gates:
         return {group.name: torch.zeros(len(batches), 0) for group in model.unit_groups()}
-    found: list[tuple[Tensor, ...]] = []
+    portions = Portions(title)
     with undisturbed(model.network), gated(model, gates), progress_bar(title, len(batches)) as advance:
-        for batch in batches:
-            placed = model.place(batch)
-            with torch.enable_grad():
-                loss = data.task.loss(model.logits(placed), placed)
-                # a unit that nothing reads any more (behind an emptied layer) has no gradient: zero
-                found.append(torch.autograd.grad(loss, list(gates.values()), materialize_grads=True))
+
+        def gradients(batch: Batch) -> tuple[dict[str, Tensor], None]:
+            values = loss_gradients(model, data.task, batch, list(gates.values()), portions)
             advance("")
-    stacked = (torch.stack(column).float().cpu() for column in zip(*found, strict=True))
-    result = dict(zip(gates, stacked, strict=True))
+            return dict(zip(gates, values, strict=True)), None
+
+        found = [tensors for tensors, _ in divided(batches, gradients)]
+    result = {name: torch.stack([tensors[name] for tensors in found]).float().cpu() for name in gates}
     return {g.name: result.get(g.name, torch.zeros(len(batches), 0)) for g in model.unit_groups()}

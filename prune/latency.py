@@ -26,6 +26,7 @@ from models.latency_table import LatencyTable, Points
 from prune.base import Plan
 from prune.surgery import cut
 from utils.code import code_hash
+from utils.distributed import from_first
 from utils.environment import describe_device
 from utils.errors import InputError
 from utils.hooks import replaying
@@ -53,7 +54,14 @@ class Clock:
     protocol: Protocol = OF_MODELS
 
     def share(self, dense: PrunableModel, pruned: PrunableModel) -> tuple[float, tuple[float, float] | None, float]:
-        """Time of the pruned model over the dense one's, its 95% interval, and the dense one's milliseconds."""
+        """Time of the pruned model over the dense one's, its 95% interval, and the dense one's milliseconds.
+
+        Of a run in several processes the first one measures, and all get its figures.
+        """
+        _, (share, interval, dense_ms) = from_first(lambda: ({}, self._measured(dense, pruned)))
+        return share, interval and tuple(interval), dense_ms
+
+    def _measured(self, dense: PrunableModel, pruned: PrunableModel) -> tuple[Any, ...]:
         calls = [_call(model, Subject(model, self.data).batch_of(self.batch)) for model in (dense, pruned)]
         ours, theirs = time_interleaved(calls, dense.device, self.protocol)
         shares = [_quick_ms(b) / _quick_ms(a) for a, b in zip(ours.blocks_ms, theirs.blocks_ms, strict=True)]
@@ -89,7 +97,7 @@ def with_latency(
     def compute(scratch: Scratch) -> Artifact:
         return Artifact({}, {"table": measured_table(twin, data).to_json()})
 
-    found = store.fetch(folder, "latency", _key(twin, data), compute)
+    found = store.fetch(folder, "latency", _key(twin, data), compute, by_first=True)
     facts = found.artifact.facts["table"]
     return replace(costs, latency=LatencyTable.from_json(facts, Clock(data, facts["batch"])))
 
@@ -177,7 +185,8 @@ def _shape_of(model: PrunableModel, layer: int, names: Sequence[str], inputs: Ma
     counts = {g.name: (g.kind, g.count, g.width) for g in model.unit_groups()}
     args, kwargs = inputs[layer]
     tensors = [a for a in [*args, *kwargs.values()] if isinstance(a, Tensor)]
-    weights = tuple(tuple(p.shape) for p in block.parameters())
+    # buffers, too: of two blocks of one size, only the one with shifted windows has a mask
+    weights = tuple(tuple(t.shape) for t in (*block.parameters(), *block.buffers()))
     extras = tuple(sorted(key for key, value in kwargs.items() if value is not None))
     return tuple(counts[n] for n in names), weights, tuple(tuple(t.shape) for t in tensors), extras, type(block)
 

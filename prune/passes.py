@@ -1,7 +1,8 @@
 """Calibration passes of methods that watch what flows through a model's blocks."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,31 @@ from torch import Tensor, nn
 from data.base import DataBundle
 from models.base import Batch, PrunableModel
 from prune.gates import calibration_of, undisturbed
+from prune.repair.batches import at_most, largest
+from utils.distributed import rank, world_size
 from utils.hooks import Hook, hooked
+from utils.memory import restarted
 from utils.progress import progress_bar
+
+
+T = TypeVar("T")
+
+
+def in_fitting_batches(data: DataBundle, work: str, do: Callable[[DataBundle], T]) -> T:
+    """Do work that adds up over calibration samples; where memory runs out, from the beginning with smaller batches.
+
+    Args:
+        data: Source of the batches.
+        work: What is done, in words.
+        do: Must give the same for the same samples in other batches, and start anew whenever it is called.
+    """
+    batches = data.calibration
+    most = largest(batches)
+
+    def with_most(size: int) -> T:
+        return do(data if size == most else replace(data, calibration=at_most(batches, size)))
+
+    return restarted(work, most, with_most)
 
 
 class _Enough(Exception):
@@ -24,6 +48,7 @@ def watch_calibration(
     start: Callable[[Batch], Any],
     before: Sequence[Hook] = (),
     after: Sequence[Hook] = (),
+    divided: bool = False,
 ) -> None:
     """Run every calibration batch once through all blocks, with hooks in place.
 
@@ -34,6 +59,7 @@ def watch_calibration(
         start: Told each batch, on the model's device, before its pass.
         before: Pairs of module and forward pre-hook.
         after: Pairs of module and forward hook.
+        divided: Let each process of a run see its own batches alone; the caller then sums what hooks have added up.
 
     Raises:
         InputError: If there is no calibration data.
@@ -43,13 +69,14 @@ def watch_calibration(
     with undisturbed(model.network), torch.inference_mode(), progress_bar(title, len(batches)) as advance:
         # the hook that ends a pass is the last on its module
         with hooked(before, after), hooked(after=ends):
-            for batch in batches:
-                placed = model.place(batch)
-                start(placed)
-                try:
-                    model.logits(placed)
-                except _Enough:
-                    pass
+            for number, batch in enumerate(batches):
+                if not divided or number % world_size() == rank():
+                    placed = model.place(batch)
+                    start(placed)
+                    try:
+                        model.logits(placed)
+                    except _Enough:
+                        pass
                 advance("")
 
 

@@ -1,7 +1,7 @@
 """What the sentence of main.py is made of: what a run starts with, what it measures, and what it draws."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +12,14 @@ from evals.base import Metric, refuse_unmeasurable
 from evals.evaluate import evaluate
 from evals.plots import draw_plots
 from evals.report import Record
+from evals.segmentation_pictures import draw_segmentations
 from evals.summary import draw_summary, leave_sensitivity
 from evals.token_pictures import draw_token_plots
 from models.base import PrunableModel
 from models.checkpoint import how_to_load, save_model
 from models.checks import refuse_misfit, refuse_non_finite, refuse_untrained
 from models.cost import CostModel, cost_model
+from models.limits import bounded_building
 from models.pretrained import with_weights
 from models.visiting import settle
 from prune.base import Method
@@ -26,6 +28,7 @@ from prune.recovery.base import Recovery
 from prune.rewriting import refuse_unreachable
 from prune.rounds import Outcome
 from utils.config import build
+from utils.distributed import described
 from utils.environment import describe_device, dtype_of, resolve_device
 from utils.seed import seed_everything
 from utils.storage import Store
@@ -64,12 +67,15 @@ def loaded(cfg: DictConfig, record: Record, store: Store) -> Loaded:
         InputError: If parts do not fit each other, or a budget can't be reached.
     """
     device = resolve_device(cfg.device)
-    record.device = describe_device(device)
+    record.device = describe_device(device) | described()
     seed_everything(cfg.seed)
     method, recovery = build(cfg.prune, METHOD), build(cfg.recover, RECOVERY)
     record.method, record.tracker = method.name, build(cfg.tracker, TRACKER)
-    source, model = build(cfg.data), build(cfg.model)
-    data = prepared(source, model, store)
+    source = build(cfg.data)
+    with bounded_building("model"):
+        model = build(cfg.model)
+    # parts of it may be read by one process alone, when a metric asks
+    data = prepared(source, model, replace(store, joint=False))
     record.source_notes = (model.notes, data.notes, getattr(method, "notes", ()))
     settle(model, device, getattr(method, "offload", False))
     refuse_untrained(model)
@@ -109,5 +115,6 @@ def drawn(cfg: DictConfig, parts: Loaded, model: PrunableModel, done: Outcome, r
     plan, pruned = done.plan, done.recovered.model
     record.plots = draw_plots(plan, done.ranking.scores, record.history, done.recovered.history, out)
     record.plots += draw_token_plots(pruned, parts.data, record.pruned, out)
+    record.pictures = draw_segmentations({"dense": model, "pruned": pruned}, parts.data, out)
     found, record.sections = leave_sensitivity(plan, out)
     record.plots += found + (draw_summary(model, done.cut, pruned, plan, out) if cfg.summary else [])

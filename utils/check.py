@@ -14,7 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from utils.config import ROOT_RULES, Config
 from utils.rules import broken_rule
+from utils.secrets import COVER, redacted, why_secret, why_secret_key
 from utils.signature import Signature, TargetError, read_signature
+from utils.targets import why_refused
 
 UNKNOWN = "<unresolved>"
 RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
@@ -40,10 +42,11 @@ def find_problems(cfg: DictConfig) -> list[str]:
         value = plain.get(key)
         if value != "???" and (broken := broken_rule(value, rule)):
             problems.append(Problem(key, f"{key}={_shown(value)}: {broken}"))
+    problems += _secret_problems(cfg, plain)
     problems += _root_problems(plain)
     problems += _node_problems(plain, "")
     at_fault = {problem.key for problem in problems}
-    return [p.text for p in problems if not _sources(cfg, p.key) & (at_fault - {p.key})]
+    return [redacted(p.text) for p in problems if not _sources(cfg, p.key) & (at_fault - {p.key})]
 
 
 def _sources(cfg: DictConfig, key: str) -> set[str]:
@@ -103,6 +106,27 @@ def _root_problems(plain: Mapping[str, Any]) -> Iterator[Problem]:
                 yield Problem(path, f"{path}={_shown(component)}: {rule}")
 
 
+def _secret_problems(cfg: DictConfig, plain: Mapping[str, Any]) -> Iterator[Problem]:
+    """Tokens, passwords and the like, as they are written and as they resolve; the text does not repeat them."""
+    written = OmegaConf.to_container(cfg, resolve=False)
+    for path, value in dict([*_leaves(plain, ""), *_leaves(written, "")]).items():
+        held = path == redacted(path)
+        why = why_secret_key(path, value) or (why_secret(value) if isinstance(value, str) else None)
+        if why := why if held else "holds a token or key in its name":
+            yield Problem(path, f"{path}={COVER}: {why}")
+
+
+def _leaves(node: object, path: str) -> Iterator[tuple[str, object]]:
+    if isinstance(node, Mapping):
+        for key, child in node.items():
+            yield from _leaves(child, f"{path}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        for position, child in enumerate(node):
+            yield from _leaves(child, f"{path}[{position}]")
+    else:
+        yield path, node
+
+
 def _node_problems(node: object, path: str) -> Iterator[Problem]:
     if isinstance(node, Mapping):
         if "_target_" in node:
@@ -118,6 +142,9 @@ def _node_problems(node: object, path: str) -> Iterator[Problem]:
 
 def _target_problems(node: Mapping[str, Any], path: str) -> Iterator[Problem]:
     target = node["_target_"]
+    if why := why_refused(target, path):
+        yield Problem(f"{path}._target_", f"{path}._target_={_shown(target)}: {why}")
+        return
     try:
         signature = read_signature(str(target))
     except (TargetError, SyntaxError) as error:

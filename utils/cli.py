@@ -1,26 +1,46 @@
 """The command line around Hydra: mistakes are found first, and exit codes say what happened.
 
-0 done; 1 a run failed; 2 the configuration or an input is wrong.
+0 done; 1 a run failed; 2 the configuration or an input is wrong; 130 interrupted (Ctrl-C); 143 terminated.
 """
 
 import atexit
+import logging
 import os
+import pickle
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from evals.sweep import rebuild, write_page
+from evals.sweep import close
 from utils.compose import CommandLine, command_line_problems
+from utils.engines import reach_workers
 from utils.errors import InputError, RunError
+from utils.files import full_disks_named
+from utils.launched import (
+    follower_arguments,
+    heed_termination,
+    launched,
+    leave_after_first,
+    note_termination,
+    speaks,
+)
+from utils.secrets import cover_output
+from utils.sweeping import Sweep, prepared, take_resume, with_overrides
 
-WRONG_INPUT, RUN_FAILED, INTERRUPTED = 2, 1, 130
+log = logging.getLogger(__name__)
+CONFIGS = Path(__file__).parent.parent / "configs"
+KEPT = "interrupted; what was finished is kept"
+
+DONE, RUN_FAILED, WRONG_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def launch(main: Callable[[], None], config_dir: Path, expand: Callable[[Sequence[str]], list[str]] = list) -> None:
@@ -31,23 +51,81 @@ def launch(main: Callable[[], None], config_dir: Path, expand: Callable[[Sequenc
         config_dir: Where the configuration groups lie.
         expand: Puts overrides into the command line that an argument stands for.
     """
+    cover_output()
+    asked = [] if speaks() else note_termination()
     try:
-        sys.argv[1:] = expand(sys.argv[1:])  # where Hydra reads it
+        typed, resume = take_resume(sys.argv[1:])
+        sys.argv[1:] = expand(typed)  # where Hydra reads it
     except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(WRONG_INPUT)
+        refuse([str(error)], asked)
+    if not speaks():
+        sys.argv[1:] = follower_arguments(sys.argv[1:])
     line = parse_command_line(sys.argv[1:], config_dir)
+    if launched() and line is None and not speaks():
+        return  # the first process shows it
+    if launched() and line is not None and line.multirun:
+        rule = "start torchrun once a job, or the sweep without it (hydra/launcher=joblib runs jobs side by side)"
+        refuse([f"-m: a sweep can't be started by torchrun, which does one run in all its processes; {rule}"], asked)
     if line is not None and (problems := command_line_problems(line)):
         count = "are mistakes" if len(problems) > 1 else "is a mistake"
-        print(f"There {count} in the configuration, nothing was run:", file=sys.stderr)
-        for problem in problems:
-            print(f"  - {problem}", file=sys.stderr)
-        sys.exit(WRONG_INPUT)
-    main()
-    leave()
+        said = f"There {count} in the configuration, nothing was run:"
+        refuse([said, *(f"  - {problem}" for problem in problems)], asked)
+    try:
+        sweep = prepared(line, resume) if line is not None else None
+    except InputError as error:
+        refuse([str(error)], asked)
+    if not speaks():
+        heed_termination(asked)
+    elif launched() is None:
+        end_on_termination()
+    if sweep is None:
+        try:
+            main()
+        except KeyboardInterrupt:  # before or after the run itself
+            _say(KEPT)
+            sys.exit(INTERRUPTED)
+        leave()
+    else:
+        sys.argv[1:] = with_overrides(sys.argv[1:], sweep.overrides)
+        reach_workers(config_dir.parent)
+        # a launcher's idle workers must be told in Python's own order
+        sys.exit(swept(main, sweep))
 
 
-def leave() -> None:
+def swept(main: Callable[[], None], sweep: Sweep) -> int:
+    """Run a sweep, and leave its table whole however it ends; returns the exit code."""
+    code = DONE
+    try:
+        if sweep.left != 0:
+            main()
+    except KeyboardInterrupt:
+        print(KEPT, file=sys.stderr)
+        code = INTERRUPTED
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else RUN_FAILED
+    good = close(sweep.folder)
+    return code if code != DONE or good else RUN_FAILED
+
+
+def end_on_termination() -> None:
+    """Let SIGTERM, which schedulers send before they kill, end a run as Ctrl-C does: what it has is written."""
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is being done
+        raise SystemExit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def refuse(lines: Sequence[str], asked: Sequence[int] = ()) -> NoReturn:
+    """Say what is wrong with the command line, once for all processes of a run, and end with exit code 2."""
+    if not speaks():
+        leave_after_first(WRONG_INPUT, asked)
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    sys.exit(WRONG_INPUT)
+
+
+def leave() -> NoReturn:
     """End a process that did its work; Python would first take torch apart, for a second.
 
     Exit handlers run, and what was printed is flushed.
@@ -55,7 +133,7 @@ def leave() -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(DONE)
 
 
 def parse_command_line(arguments: list[str], config_dir: Path) -> CommandLine | None:
@@ -79,27 +157,64 @@ def exit_codes() -> Iterator[None]:
 
     In a sweep it is raised on instead, since leaving the process would end the other jobs.
     """
+    cover_output()
     try:
-        yield
+        with full_disks_named():
+            yield
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            rebuild(Path(HydraConfig.get().sweep.dir))
-            write_page(Path(HydraConfig.get().sweep.dir))
+        _say(KEPT)
         sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code == TERMINATED:
+            _say(KEPT.replace("interrupted", "terminated"))
+        raise
     except (InputError, RunError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            print(f"job {HydraConfig.get().job.num} failed: {error}", file=sys.stderr)
+            _say_failed(error)
             raise
         if os.environ.get("HYDRA_FULL_ERROR"):
             traceback.print_exc()
-        print(error, file=sys.stderr)
+        _say(error)
         sys.exit(WRONG_INPUT if isinstance(error, InputError) else RUN_FAILED)
+    except Exception as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            log.exception("%s", type(error).__name__)  # Hydra shows the first job's only
+            _say_failed(error)
+            if not _travels(error):
+                # the sweep's other jobs must not be lost with what can't be sent to it
+                raise RunError(f"{type(error).__name__}: {error}") from None
+        raise
+
+
+def _say_failed(error: Exception) -> None:
+    """Name the job by its folder: a sweep that is taken up again numbers launches anew."""
+    job = Path(HydraConfig.get().runtime.output_dir).name
+    print(f"job {job} failed: {error}", file=sys.stderr, flush=True)
+
+
+def _travels(error: Exception) -> bool:
+    """Whether an error arrives at another process as what it is."""
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False
+
+
+def _say(what: object) -> None:
+    """Print to stderr; of a run in several processes the first one does."""
+    if speaks():
+        print(what, file=sys.stderr, flush=True)
 
 
 def command() -> str:
-    """The command that repeats the current Hydra job."""
-    args = get_args_parser().parse_args(sys.argv[1:])
-    named = {"--config-path": args.config_path, "--config-name": args.config_name, "--config-dir": args.config_dir}
-    where = [part for flag, value in named.items() if value for part in (flag, value)]
-    return shlex.join(["python", "main.py", *where, *HydraConfig.get().overrides.task])
+    """The command that repeats the current Hydra job; a worker's own arguments would not tell it."""
+    hydra = HydraConfig.get()
+    sources = {source.provider: source.path for source in hydra.runtime.config_sources if source.schema == "file"}
+    where = []
+    if Path(sources.get("main", CONFIGS)).resolve() != CONFIGS.resolve():
+        where += ["--config-path", sources["main"]]
+    if hydra.job.config_name != "config":
+        where += ["--config-name", hydra.job.config_name]
+    if "command-line" in sources:
+        where += ["--config-dir", sources["command-line"]]
+    return shlex.join(["python", "main.py", *where, *hydra.overrides.task])

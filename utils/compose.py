@@ -6,6 +6,7 @@ and, only if that fails, one by one, so that a user mends all of them at once.
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,20 +19,26 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.check import find_problems, suggest
 from utils.config import ROOT_RULES
+from utils.engines import engine_problems, searches
 from utils.rules import broken_rule
+from utils.secrets import COVER, redacted, why_secret, why_secret_key
+from utils.targets import engine_refusals
 
 # OmegaConf lets bare ValueErrors, AttributeErrors and AssertionErrors of odd values through
 CANNOT_COMPOSE = (
     HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError, OSError,
     yaml.YAMLError,
 )  # fmt: skip
+MOST_STAND_INS = 256
+MOST_JOBS = 10_000
+SHIPPED = Path(__file__).parent.parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -51,20 +58,35 @@ def command_line_problems(line: CommandLine) -> list[str]:
         return [f"--config-dir={line.extra_dir}: must be an existing folder"]
     if not (line.config_dir / f"{line.config_name}.yaml").is_file():
         return [f"--config-name={line.config_name}: there is no such file in {line.config_dir}"]
+    if secret := [said for override in line.overrides if (said := _secret(override))]:
+        return secret
     if unreadable := [o for o in line.overrides if not _can_be_read(o)]:
         rule = "must be key=value; quote values with spaces or special characters: 'key=\"a value\"'"
-        return [f"{override}: cannot be read; it {rule}" for override in unreadable]
+        return [f"{redacted(_short(override))}: cannot be read; it {rule}" for override in unreadable]
     with initialize_config_dir(str(line.config_dir.absolute()), version_base="1.3"):
         try:
             jobs = list(_jobs(line))
             distinct = list(dict.fromkeys(override for job in jobs for override in job))
             misused = dict(_misused_groups(distinct))
         except CANNOT_COMPOSE as error:
-            return [_first_line(error)]
+            return [redacted(_first_line(error))]
         rest = [[override for override in job if override not in misused] for job in jobs]
         compose_job = JobComposer(line.config_name)
         found = [problem for job in rest for problem in _job_problems(line, job, compose_job)]
-    return list(dict.fromkeys([*misused.values(), *found]))
+        engines = [] if found or misused else _engine_problems(line, rest[0], compose_job)
+        called = _called_problems(line)
+    return [redacted(problem) for problem in dict.fromkeys([*misused.values(), *found, *called, *engines])]
+
+
+def _secret(override: str) -> str | None:
+    """Why a token or password on the command line is refused; Hydra writes overrides down as they are typed."""
+    key, _, value = override.partition("=")
+    why = why_secret_key(key.lstrip("+~"), value) or why_secret(value) or why_secret(key)
+    return f"{redacted(key)}={COVER}: {why}" if why else None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:80]}… ({len(text)} characters)"
 
 
 def _can_be_read(override: str) -> bool:
@@ -81,10 +103,10 @@ def _loader() -> ConfigLoader:
 
 def _jobs(line: CommandLine) -> Iterator[list[str]]:
     """Split sweeps such as `prune.ratio=0.2,0.4` into one list of overrides a job."""
-    overrides = _with_extra_dir(line)
+    overrides = with_extra_dir(line)
     parser = OverridesParser.create(config_loader=_loader())
     parsed = parser.parse_overrides(overrides)
-    if not line.multirun and not _mode_is_multirun(line, overrides):
+    if not is_sweep(line, overrides):
         for override in parsed:
             if override.is_sweep_override():
                 raise HydraException(f"{override.input_line}: several values need a sweep, with -m")
@@ -94,11 +116,33 @@ def _jobs(line: CommandLine) -> Iterator[list[str]]:
     typed = {override.get_key_element() for override in parsed}
     params = parser.parse_overrides(_sweeper_params(line, overrides))
     parsed += [override for override in params if override.get_key_element() not in typed]
-    yield from map(list, itertools.product(*map(_choices, parsed)))
+    node = hydra_node(line, overrides)
+    if node is not None and searches(node):
+        yield from _searched(parsed)
+        return
+    if intervals := [override.input_line for override in parsed if override.is_interval_sweep()]:
+        raise HydraException(f"{intervals[0]}: an interval needs a sweeper that searches it: hydra/sweeper=optuna")
+    choices = [_choices(override) for override in parsed]
+    if math.prod(map(len, choices)) > MOST_JOBS:
+        raise HydraException(f"-m: the sweep has {math.prod(map(len, choices))} jobs; must have at most {MOST_JOBS}")
+    yield from map(list, itertools.product(*choices))
 
 
-def _with_extra_dir(line: CommandLine) -> list[str]:
-    """The overrides, with `--config-dir` put first on Hydra's search path."""
+def _searched(parsed: list[Override]) -> Iterator[list[str]]:
+    """Stand-ins for the jobs of a search: all of a small space, of a large one every value and both ends once."""
+    choices = [_choices(override) for override in parsed]
+    for override, values in zip(parsed, choices, strict=True):
+        if isinstance(sweep := override.value(), RangeSweep):
+            values += [f"{override.get_key_element()}={sweep.stop}"]  # a search takes the end as well
+    if math.prod(map(len, choices)) <= MOST_STAND_INS:
+        yield from map(list, itertools.product(*choices))
+        return
+    for turn in range(max(map(len, choices))):
+        yield [values[turn % len(values)] for values in choices]
+
+
+def with_extra_dir(line: CommandLine) -> list[str]:
+    """The overrides as typed, with `--config-dir` put first on Hydra's search path."""
     if line.extra_dir is None:
         return list(line.overrides)
     parsed = OverridesParser.create().parse_overrides([o for o in line.overrides if "hydra.searchpath" in o])
@@ -113,10 +157,14 @@ def _choices(override: Override) -> list[str]:
         return [override.input_line or ""]
     sweep = override.value()
     ends = (sweep.start, sweep.end) if isinstance(sweep, IntervalSweep) else override.sweep_string_iterator()
-    return [f"{override.get_key_element()}={value}" for value in ends]
+    found = [f"{override.get_key_element()}={value}" for value in itertools.islice(ends, MOST_JOBS + 1)]
+    if len(found) > MOST_JOBS:
+        raise HydraException(f"{override.input_line}: has more than {MOST_JOBS} values; must have at most that")
+    return found
 
 
-def _hydra_node(line: CommandLine, overrides: list[str]) -> DictConfig | None:
+def hydra_node(line: CommandLine, overrides: list[str]) -> DictConfig | None:
+    """Hydra's own part of the configuration, which no job of a sweep changes; None where it can't be composed."""
     fixed = [o for o in overrides if o.lstrip("+~").startswith("hydra")]
     fixed += [o for o in overrides if o.startswith("+experiment=") and "," not in o]
     try:
@@ -125,13 +173,16 @@ def _hydra_node(line: CommandLine, overrides: list[str]) -> DictConfig | None:
         return None
 
 
-def _mode_is_multirun(line: CommandLine, overrides: list[str]) -> bool:
-    node = _hydra_node(line, overrides)
+def is_sweep(line: CommandLine, overrides: list[str]) -> bool:
+    """Whether several jobs are to be run: by `-m`, or because an experiment says so."""
+    if line.multirun:
+        return True
+    node = hydra_node(line, overrides)
     return node is not None and str(OmegaConf.select(node, "mode")).endswith("MULTIRUN")
 
 
 def _sweeper_params(line: CommandLine, overrides: list[str]) -> list[str]:
-    node = _hydra_node(line, overrides)
+    node = hydra_node(line, overrides)
     params = OmegaConf.select(node, "sweeper.params") if node is not None else None
     return [f"{key}={value}" for key, value in params.items()] if isinstance(params, DictConfig) else []
 
@@ -181,6 +232,25 @@ class ComposedOnce:
     def __getstate__(self) -> dict[str, Any]:
         """Without the configurations: a launcher that sends jobs elsewhere sends the loader with each."""
         return {"loader": self.loader, "composed": {}}
+
+
+def _called_problems(line: CommandLine) -> list[str]:
+    """What Hydra itself would call that is none of its own kinds: launchers, callbacks, handlers of logs."""
+    changed = line.extra_dir is not None or any("hydra" in override for override in line.overrides)
+    if not changed and line.config_dir.resolve() == SHIPPED:
+        return []
+    node = hydra_node(line, with_extra_dir(line))
+    plain = OmegaConf.to_container(node, resolve=False) if node is not None else {}
+    return list(engine_refusals(plain)) if isinstance(plain, dict) else []
+
+
+def _engine_problems(line: CommandLine, job: list[str], compose_job: JobComposer) -> list[str]:
+    """Mistakes of what runs a sweep's jobs; a single run has none, as it uses neither launcher nor sweeper."""
+    overrides = with_extra_dir(line)
+    node = hydra_node(line, overrides)
+    if node is None or not is_sweep(line, overrides):
+        return []
+    return engine_problems(node, [str(name) for name in compose_job(job).evals])
 
 
 def _job_problems(line: CommandLine, overrides: list[str], compose_job: JobComposer) -> list[str]:

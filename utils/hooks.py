@@ -33,6 +33,13 @@ def is_hooked(network: nn.Module) -> bool:
     )
 
 
+def drop_hooks(network: nn.Module) -> None:
+    """Take away the forward hooks that a library left on a network as it built it."""
+    for module in network.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+
+
 def is_replayed(network: nn.Module) -> bool:
     """Whether any module of the network answers by another function (`replaying`)."""
     return any("forward" in vars(module) for module in network.modules())

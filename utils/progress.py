@@ -17,6 +17,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from utils.launched import speaks
+
 Advance = Callable[[str], None]
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -33,6 +35,9 @@ class RateColumn(ProgressColumn):
 @contextmanager
 def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Advance]:
     """Show a bar of `total` steps; call the yielded function once a step with a short note."""
+    if not speaks():
+        yield lambda note: None
+        return
     if done:
         print(f"{title}: goes on after {done} of {total}", file=sys.stderr, flush=True)
     console = Console(stderr=True)

@@ -38,11 +38,18 @@ class Signature:
 
 UNREADABLE = Signature(open_ended=True)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+NO_METHODS = ("object", "ABC", "Protocol", "Generic")
 # decorators that leave the arguments as written; any other makes a target unreadable
 HARMLESS = {
     "abstractmethod", "cache", "checked", "classmethod", "dataclass", "final", "inference_mode", "lru_cache",
     "no_grad", "override", "runtime_checkable", "staticmethod", "total_ordering",
 }  # fmt: skip
+
+# what an annotation may consist of; calls are `Range(0, 1)` and its like, of light modules
+PARTS = (
+    ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.Tuple, ast.List, ast.BinOp, ast.BitOr, ast.Pow, ast.Sub,
+    ast.UnaryOp, ast.USub, ast.Constant, ast.Call, ast.keyword, ast.Starred, ast.Load,
+)  # fmt: skip
 
 
 class TargetError(LookupError):
@@ -72,6 +79,54 @@ def read_signature(target: str) -> Signature:
             module = _parse(spec.name, spec.origin)
             return _lookup(module, parts[cut:], target) if module else UNREADABLE
     raise TargetError(f"there is no module {'.'.join(parts[:-1])!r}")
+
+
+def definition_of(target: str) -> tuple[Module, ast.stmt] | None:
+    """The class or function that a dotted target names, and the module it is written in.
+
+    Returns:
+        None where it can't be seen from sources: hidden by a star import, computed, or compiled.
+    """
+    parts = target.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        spec = find_module(".".join(parts[:cut]))
+        if spec is not None:
+            module = _parse(spec.name, spec.origin)
+            return _defined(module, parts[cut:]) if module else None
+    return None
+
+
+def _defined(module: Module, path: list[str]) -> tuple[Module, ast.stmt] | None:
+    found = _find(module, path[0]) if len(path) == 1 else None
+    if found is not None and (meant := _meant(found[1])) is not None and meant != path[0]:
+        return _defined(found[0], [meant])
+    return found
+
+
+def methods_of(module: Module, node: ast.stmt, depth: int = 0) -> set[str] | None:
+    """Names of a class's methods, its bases' included; None where a base can't be seen."""
+    if not isinstance(node, ast.ClassDef) or depth > 16:
+        return None
+    names = {inner.name for inner in node.body if isinstance(inner, FUNCTIONS)}
+    names |= {name for inner in node.body if isinstance(inner, ast.Assign) for name in _assigned(inner)}
+    for base in node.bases:
+        name = ast.unparse(base).split("[")[0]
+        if name.split(".")[-1] in NO_METHODS:
+            continue
+        found = _find(module, name) if name.isidentifier() else None
+        inherited = methods_of(*found, depth + 1) if found else None
+        if inherited is None:
+            return None
+        names |= inherited
+    return names
+
+
+def returned(module: Module, node: ast.stmt) -> tuple[Module, ast.stmt] | None:
+    """The class that a function says it returns; None where it does not say."""
+    if not isinstance(node, FUNCTIONS) or node.returns is None:
+        return None
+    name = node.returns.value if isinstance(node.returns, ast.Constant) else ast.unparse(node.returns)
+    return _find(module, name) if isinstance(name, str) and name.isidentifier() else None
 
 
 @functools.lru_cache(maxsize=512)
@@ -245,7 +300,7 @@ def _class(module: Module, node: ast.ClassDef) -> Signature:
 def _base(module: Module, base: ast.expr) -> Signature | None:
     """Signature of a base class; None for the bases that add no argument."""
     name = ast.unparse(base).split("[")[0]
-    if name.split(".")[-1] in ("object", "ABC", "Protocol", "Generic"):
+    if name.split(".")[-1] in NO_METHODS:
         return None
     found = _find(module, name) if name.isidentifier() else None
     if found is not None:
@@ -278,10 +333,19 @@ def _annotation(module: Module, node: ast.expr | None) -> Any:
     try:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             node = ast.parse(node.value, mode="eval").body
+        if not _only_names(node):
+            return Any
         code = compile(ast.Expression(node), module.name, "eval")
         return eval(code, {"__builtins__": {}}, _LightNames(module))
     except Exception:
         return Any
+
+
+def _only_names(node: ast.expr) -> bool:
+    """Whether an annotation is put together from names as types are, so that evaluating it runs nobody's code."""
+    parts = list(ast.walk(node))
+    hidden = any(isinstance(part, ast.Attribute) and part.attr.startswith("_") for part in parts)
+    return not hidden and all(isinstance(part, PARTS) for part in parts)
 
 
 class _LightNames(collections.UserDict):

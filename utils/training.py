@@ -8,13 +8,14 @@ with the same weights, bit for bit, as one that ran through.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from utils.data_parallel import divided_like, load_whole, mean_of, own_stream, whole
 from utils.errors import RunError
 from utils.optimizers import Settings, optimizer_of, restore_state, state_of
 from utils.progress import progress_bar
@@ -113,6 +114,7 @@ def fit(
     after_backward: Callable[[], None] | None = None,
     patience: int | None = None,
     keep_good: bool = False,
+    divided: bool = False,
 ) -> Trained:
     """Train a network in place and leave it in eval mode with its last weights.
 
@@ -129,13 +131,14 @@ def fit(
         after_step: Called after every step, to put weights back that must not move.
         after_backward: Called before gradients are clipped, to clear those of such weights.
         patience: Stop after so many epochs without a better one; None never does.
+        divided: Whether `loss_of` is this process's part of a loss that all processes of a run make together.
         keep_good: Where a loss is not finite, end with the weights of the last epoch in which all were.
 
     Raises:
         InputError: If there is no such optimizer, or it can't be used here.
         RunError: If the loss becomes NaN or infinite, unless `keep_good`.
     """
-    loop = _Loop(network, loss_of, batches, settings, score, title, after_step, after_backward)
+    loop = _Loop(network, loss_of, batches, settings, score, title, after_step, after_backward, divided)
     stopped: str | None = None
     if scratch is not None and (left := scratch.load()) is not None:
         loop.restore(left)
@@ -155,7 +158,7 @@ def fit(
             if scratch is not None and epoch < settings.epochs:
                 scratch.save(loop.state())
             advance(" ".join(f"{k} {v:.3f}" for k, v in row.items() if k not in ("epoch", "learning_rate")))
-    network.load_state_dict(loop.good)
+    load_whole(network, loop.good)
     network.eval()
     return Trained(loop.history, loop.best_epoch, loop.best, loop.good, loop.seconds, stopped)
 
@@ -173,10 +176,11 @@ class _Loop:
         title: str,
         after_step: Callable[[], None] | None = None,
         after_backward: Callable[[], None] | None = None,
+        divided: bool = False,
     ) -> None:
         self.network, self.loss_of, self.batches = network, loss_of, batches
         self.settings, self.score, self.title = settings, score, title
-        self.after_step, self.after_backward = after_step, after_backward
+        self.after_step, self.after_backward, self.divided = after_step, after_backward, divided
         self.optimizer = _optimizer(network, settings)
         self.history: History = []
         self.seconds: list[float] = []
@@ -193,7 +197,8 @@ class _Loop:
         self.network.train()
         first = (epoch - 1) * len(self.batches)
         losses = [self._step(batch, first + step) for step, batch in enumerate(self.batches)]
-        train_loss = float(torch.stack(losses).mean())
+        stacked = torch.stack(losses)
+        train_loss = float((mean_of(stacked) if self.divided else stacked).mean())
         self._refuse_not_finite("", train_loss, epoch)
         self.network.eval()
         row = {"epoch": epoch, "learning_rate": self.optimizer.param_groups[0]["lr"], "train_loss": train_loss}
@@ -229,10 +234,11 @@ class _Loop:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with self.autocast:
-            loss = self.loss_of(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with own_stream(step) if self.divided else nullcontext():
+            with self.autocast:
+                loss = self.loss_of(batch)
+            loss.backward()
         if self.after_backward is not None:
             self.after_backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.clip)
@@ -254,7 +260,8 @@ class _Loop:
         # copies: tied tensors share memory, which a file can't hold
         parts = {
             "network": _weights(self.network), "best": self.best,
-            "optimizer": moments, "average": {str(number): mean for number, mean in enumerate(self.average)},
+            "optimizer": {name: whole(moment) for name, moment in moments.items()},
+            "average": {str(number): whole(mean) for number, mean in enumerate(self.average)},
             "good": self.good if self.average else {},
         }  # fmt: skip
         tensors = {f"{part}/{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
@@ -267,10 +274,13 @@ class _Loop:
         for name, tensor in left.tensors.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = tensor
-        self.network.load_state_dict(parts["network"])
-        restore_state(self.optimizer, parts["optimizer"], left.facts["optimizer"])
+        load_whole(self.network, parts["network"])
+        held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        kept = sorted(parts["optimizer"].items())
+        moments = {n: divided_like(moment, held[int(n.split("/")[0])]) for n, moment in kept}
+        restore_state(self.optimizer, moments, left.facts["optimizer"])
         for number, mean in enumerate(self.average):
-            mean.copy_(parts["average"][str(number)])
+            mean.copy_(divided_like(parts["average"][str(number)], mean))
         self.best, self.best_epoch = parts["best"], left.facts["best_epoch"]
         self.good = parts["good"] or _weights(self.network)
         self.history, self.seconds = left.facts["history"], left.facts["seconds"]
@@ -310,4 +320,4 @@ def _copies(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+    return {name: whole(tensor.detach()).cpu().clone() for name, tensor in network.state_dict().items()}

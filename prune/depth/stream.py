@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from data.base import DataBundle
 from models.base import Batch, PrunableModel
 from prune.depth.scores import cosines, last_tokens, window_distances
-from prune.passes import states_of, watch_calibration
+from prune.passes import in_fitting_batches, states_of, watch_calibration
 from prune.weights.statistics import tokens_of
+from utils.distributed import summed
 from utils.errors import InputError
 from utils.hooks import Hook
 
@@ -24,9 +25,15 @@ def block_influence(model: PrunableModel, data: DataBundle) -> Tensor:
     Returns:
         (L,), float32, CPU; 0 for a block that turns nothing.
     """
-    watch = _Influence(model)
-    watch_calibration(model, data, "block influence", watch.start, watch.before(), watch.after())
-    return (watch.sums / watch.tokens).float()
+
+    def watched(data: DataBundle) -> _Influence:
+        watch = _Influence(model)
+        watch_calibration(model, data, "block influence", watch.start, watch.before(), watch.after(), True)
+        return watch
+
+    watch = in_fitting_batches(data, "block influence", watched)
+    found = summed({"sums": watch.sums, "tokens": watch.tokens})
+    return (found["sums"] / found["tokens"]).float()
 
 
 def angular_distances(model: PrunableModel, data: DataBundle) -> dict[int, Tensor]:
@@ -35,10 +42,15 @@ def angular_distances(model: PrunableModel, data: DataBundle) -> dict[int, Tenso
     Returns:
         Per number of blocks n from 1 to L - 1, (L - n + 1,), float32, CPU.
     """
-    watch = _LastStates(model)
-    watch_calibration(model, data, "angular distance", watch.start, watch.before(), watch.after())
-    watch.finish()
-    return {size: (sums / watch.samples).float() for size, sums in watch.sums.items()}
+
+    def watched(data: DataBundle) -> _LastStates:
+        watch = _LastStates(model)
+        watch_calibration(model, data, "angular distance", watch.start, watch.before(), watch.after(), True)
+        watch.finish()
+        return watch
+
+    watch = in_fitting_batches(data, "angular distance", watched)
+    return {size: means.float() for size, means in watch.means().items()}
 
 
 class _Watch:
@@ -47,6 +59,7 @@ class _Watch:
     def __init__(self, model: PrunableModel) -> None:
         self.blocks = model.blocks()
         self.modules = [model.network.get_submodule(name) for name in self.blocks]
+        self.axis = model.feature_axis
         self.batch: Batch = {}
         self.entered = torch.zeros(())
 
@@ -79,6 +92,10 @@ class _Watch:
 
         return hook
 
+    def features_last(self, states: Tensor) -> Tensor:
+        """The stream with its features on the last axis, (B, ..., D)."""
+        return states.movedim(self.axis, -1) if states.ndim == 4 else states
+
     def enter(self, at: int) -> None:
         """Take in `entered`, what enters a block."""
 
@@ -92,13 +109,14 @@ class _Influence(_Watch):
     def __init__(self, model: PrunableModel) -> None:
         super().__init__(model)
         self.sums = torch.zeros(len(self.blocks), dtype=torch.float64)
-        self.tokens = 0
+        # by block, as stages differ in their number
+        self.tokens = torch.zeros(len(self.blocks), dtype=torch.int64)
 
     def leave(self, at: int, left: Tensor) -> None:
-        rows = (tokens_of(states, self.batch) for states in (self.entered, left))
+        rows = (tokens_of(self.features_last(states), self.batch) for states in (self.entered, left))
         found = cosines(*rows, where=self.blocks[at])
         self.sums[at] += float((1 - found).double().sum())
-        self.tokens += len(found) if at == 0 else 0
+        self.tokens[at] += len(found)
 
 
 class _LastStates(_Watch):
@@ -115,6 +133,11 @@ class _LastStates(_Watch):
         super().start(batch)
 
     def enter(self, at: int) -> None:
+        if self.entered.ndim != 3 or self.stream and self.stream[0].shape[1] != self.entered.shape[-1]:
+            raise InputError(
+                f"prune.score=angular_window: compares last tokens across blocks, {self.blocks[at]} gets "
+                f"{tuple(self.entered.shape)}; maps and stages of other widths need prune.score=block_influence"
+            )
         self.stream.append(self._last(self.entered))
 
     def leave(self, at: int, left: Tensor) -> None:
@@ -128,6 +151,14 @@ class _LastStates(_Watch):
                 self.sums[size] = self.sums.get(size, torch.zeros_like(sums)) + sums
             self.samples += len(self.stream[0])
         self.stream = []
+
+    def means(self) -> dict[int, Tensor]:
+        """Mean distance of every window, over the batches of all processes."""
+        windows = {size: len(self.blocks) - size + 1 for size in range(1, len(self.blocks))}
+        nothing = {size: torch.zeros(count, dtype=torch.float64) for size, count in windows.items()}
+        own = {str(size): self.sums.get(size, nothing[size]) for size in windows}
+        found = summed({**own, "samples": torch.tensor(self.samples)})
+        return {size: found[str(size)] / found["samples"] for size in windows}
 
     def _last(self, states: Tensor) -> Tensor:
         at = last_tokens(self.batch, states)

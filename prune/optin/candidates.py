@@ -5,8 +5,8 @@ i up to the linear that reads the unit; that linear takes the unit's part from i
 instead of multiplying again. Several candidates are stacked along the batch.
 """
 
-import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,27 +16,29 @@ from models.base import Batch, PrunableModel, UnitGroup
 from prune.optin.losses import distilled, manifold_distance, sampled
 from prune.optin.precision import in_float32
 from prune.optin.teacher import Settings, Teacher, compared_points, tensors_of
-from prune.optin.trajectory import Recorded, always, block_calls, reusable, tiled, without_units
+from prune.optin.trajectory import Recorded, always, block_calls, calls_before, reusable, tiled, without_units
+from utils.distributed import Turns
 from utils.hooks import replaying, watched
+from utils.memory import Portions
 from utils.progress import Advance
-
-log = logging.getLogger(__name__)
 
 GIB = 2**30
 # on a CPU larger stacks only leave its caches
 MOST_BYTES_ON_CPU = 8 * 2**20
 
+TERMS = ("md", "md_final", "kd")
 Losses = dict[str, Tensor]
 
 
 def group_losses(
-    model: PrunableModel, data: DataBundle, teacher: Teacher, group: UnitGroup, settings: Settings, advance: Advance
-) -> Losses:
-    """Losses of every unit of one group on one batch, each (count,)."""
+    model: PrunableModel, data: DataBundle, teacher: Teacher, group: UnitGroup, settings: Settings, advance: Advance,
+    turns: Turns | None = None,
+) -> Losses:  # fmt: skip
+    """Losses of every unit of one group on one batch, each (count,); with `turns` see `in_turns`."""
     calls = calls_of_block(model, teacher, group.layer)
     scorer = _UnitPasses(model, data, teacher, group, calls)
     size = candidates_at_once(calls, teacher.logits, settings)
-    return in_chunks(group.count, size, lambda units: scorer.losses(units, settings.temperature), scorer, advance)
+    return in_turns(group.count, size, lambda units: scorer.losses(units, settings.temperature), scorer, advance, turns)
 
 
 def calls_of_block(model: PrunableModel, teacher: Teacher, layer: int) -> list[Recorded]:
@@ -48,23 +50,38 @@ def calls_of_block(model: PrunableModel, teacher: Teacher, layer: int) -> list[R
 
 def in_chunks(count: int, size: int, losses: Callable[[range], Losses], cached: "Stacked", advance: Advance) -> Losses:
     """Score candidates `size` at a time; where memory runs out, half as many."""
-    found: list[Losses] = []
-    first = 0
-    while first < count:
-        units = range(first, min(first + size, count))
-        try:
-            found.append(losses(units))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if size == 1 or "memory" not in str(error):
-                raise
-            size = max(1, size // 2)
-            cached.forget()
-            log.warning("optin: out of memory; going on with %d candidates at once", size)
-            continue
-        first += len(units)
+
+    def some(units: range) -> Losses:
+        scored = losses(units)
         for _ in units:
             advance("")
+        return scored
+
+    found = [*Portions("optin", "candidates", size, cached.forget).each(count, some)]
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+
+def in_turns(
+    count: int, size: int, losses: Callable[[range], Losses], cached: "Stacked", advance: Advance, turns: Turns | None
+) -> Losses:
+    """Score the candidates that fall to this process, in the stacks that a single process makes; 0 for the others."""
+    if turns is None:
+        return in_chunks(count, size, losses, cached, advance)
+    found = {term: torch.zeros(count) for term in TERMS}
+    for first in range(0, count, size):
+        units = range(first, min(first + size, count))
+        if not turns.own(len(units)):
+            for _ in units:
+                advance("")
+            continue
+        scored = in_chunks(len(units), len(units), partial(_shifted, losses, first), cached, advance)
+        for term, values in scored.items():
+            found[term][units.start : units.stop] = values.float().cpu()
+    return found
+
+
+def _shifted(losses: Callable[[range], Losses], first: int, units: range) -> Losses:
+    return losses(range(first + units.start, first + units.stop))
 
 
 def candidates_at_once(calls: Sequence[Recorded], logits: Tensor, settings: Settings) -> int:
@@ -104,6 +121,9 @@ class _UnitPasses(Stacked):
         self.model, self.data, self.teacher, self.group = model, data, teacher, group
         self.points = compared_points(model, group.layer)
         self.reused = reusable(calls, group.consumer.module)
+        # where blocks are read beyond the next one, all that was done before this one answers by itself
+        block = model.blocks()[group.layer]
+        self.before = [] if model.chained else calls_before(model, teacher.batch, block)
         self.consumer = next(call for call in calls if call.name == group.consumer.module)
         self.module = model.network.get_submodule(group.consumer.module)
         self.index = group.consumer.index.to(model.device)  # (count, width)
@@ -117,20 +137,25 @@ class _UnitPasses(Stacked):
             changed = without_units(self.module, read, gave, self.group, self.index[units.start : units.stop])
 
         def distance(name: str, features: Tensor) -> Tensor:
-            return manifold_distance(sampled(features, teacher.rows[name], count), teacher.features[name])
+            rows = sampled(features, teacher.rows[name], count, self.model.feature_axis)
+            return manifold_distance(rows, teacher.features[name])
 
         with replaying(self.model.network, answers | {self.group.consumer.module: always(changed)}):
             return compared(self.model, self.data, teacher, batch, self.points, count, distance, temperature)
 
+    def _chain(self, count: int) -> dict:
+        """Answers of the blocks before: only the last of them is read, the others answer each other."""
+        layer, blocks = self.group.layer, self.model.blocks()
+        outputs = self.teacher.blocks[:layer]
+        answers = {name: always(output) for name, output in zip(blocks, outputs, strict=False)}
+        if layer:
+            answers[blocks[layer - 1]] = always(tiled(outputs[-1], count))
+        return answers
+
     def _shared(self, count: int) -> tuple[Batch, dict]:
         if count not in self.stacked:
-            layer, blocks = self.group.layer, self.model.blocks()
-            outputs = self.teacher.blocks[:layer]
-            # only the last of them is read; the others answer each other
-            answers = {name: always(output) for name, output in zip(blocks, outputs, strict=False)}
-            if layer:
-                answers[blocks[layer - 1]] = always(tiled(outputs[-1], count))
-            ran = [*self.teacher.embedding, *self.reused]
+            answers = {} if self.before else self._chain(count)
+            ran = [*(self.before or self.teacher.embedding), *self.reused]
             answers |= {call.name: always(tiled(call.output, count)) for call in ran}
             batch = {name: tiled(tensor, count) for name, tensor in self.teacher.batch.items()}
             self.stacked[count] = batch, answers

@@ -154,6 +154,17 @@ class Accounting:
         )
 
 
+def why_not_counted(model: PrunableModel) -> str | None:
+    """Why the release's search can't price a model's units, in one line; None if it can."""
+    groups = model.unit_groups()
+    if (kinds := sorted({group.kind for group in groups})) != ["head", "neuron"]:
+        return f"the released search chooses heads and neurons, the units of model={model.name} are {', '.join(kinds)}s"
+    sizes = {kind: {weights_per_unit(model, g) for g in groups if g.kind == kind and g.count} for kind in kinds}
+    if uneven := next((kind for kind in kinds if len(sizes[kind]) > 1), None):
+        return f"the released search has one price a {uneven}, model={model.name} has {len(sizes[uneven])} sizes"
+    return None
+
+
 def searched(
     scores: Mapping[str, Tensor], accounting: Accounting, capacity: float, overshoot: bool
 ) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Exact OPTIN losses of a whole model: every unit masked by itself, layer by layer, resumable."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,16 +11,17 @@ from torch import Tensor
 from data.base import DataBundle
 from models.base import PrunableModel, UnitGroup
 from prune.gates import calibration_of, undisturbed
-from prune.optin.candidates import group_losses
+from prune.optin.candidates import TERMS, group_losses
 from prune.optin.combine import TOKEN
 from prune.optin.precision import computed_in
 from prune.optin.teacher import Settings, Teacher, has_final, leaked_outputs, observe, refuse_without_trajectory
 from prune.optin.tokens import positions_in, refuse_without_tokens, token_losses, tokens_of
+from utils.distributed import Turns, summed, world_size
+from utils.errors import InputError
 from utils.progress import Advance, progress_bar
 from utils.storage import Artifact, Scratch
 
 Losses = dict[str, dict[str, Tensor]]
-TERMS = ("md", "md_final", "kd")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Part:
     name: str
     layer: int
     count: int
-    losses: Callable[[Teacher, Advance], dict[str, Tensor]]
+    losses: Callable[[Teacher, Advance, Turns | None], dict[str, Tensor]]
 
 
 def exact_losses(
@@ -68,6 +69,8 @@ def exact_losses(
         InputError: If the model has no feature points, or there is no calibration data.
     """
     refuse_without_trajectory(model)
+    if leak and not model.chained:
+        raise InputError(f"prune.mode=compat: blocks of model={model.name} are no chain, as the released code needs")
     batches = calibration_of(data).calibration
     sums, done = _left(scratch, model)
     with undisturbed(model.network), torch.inference_mode(), computed_in(settings.precision, model.device):
@@ -80,12 +83,23 @@ def exact_losses(
             for step, (number, layer) in enumerate(steps[done:], start=done + 1):
                 if number != current:
                     teacher, current = observe(model, model.place(batches[number]), settings), number
-                for part in (part for part in parts if part.layer == layer):
-                    for term, values in part.losses(teacher, advance).items():
-                        sums[term][part.name] = sums[term][part.name] + values.float().cpu() / len(batches)
+                scored = _scored([part for part in parts if part.layer == layer], teacher, advance)
+                for (term, name), values in scored.items():
+                    sums[term][name] = sums[term][name] + values / len(batches)
                 if scratch is not None:
                     scratch.save(Artifact(_flat(sums), {"done": step}))
     return {term: values for term, values in sums.items() if term != "md_final" or has_final(model)}
+
+
+def _scored(parts: Sequence[Part], teacher: Teacher, advance: Advance) -> dict[tuple[str, str], Tensor]:
+    """Losses by term and part; each stack of candidates is scored by one of a run's processes."""
+    turns, found = Turns() if world_size() > 1 else None, dict[str, Tensor]()
+    for part in parts:
+        losses = part.losses(teacher, advance, turns)
+        found |= {f"{term}/{part.name}": values.float().cpu() for term, values in losses.items()}
+    # the others' are zeros, so that a sum changes no bit
+    keyed = {name: name.split("/", 1) for name in found}
+    return {(keyed[name][0], keyed[name][1]): values for name, values in summed(found).items()}
 
 
 def parts_of(
@@ -106,22 +120,25 @@ def parts_of(
 
 
 def _losses(
-    model: PrunableModel, data: DataBundle, group: UnitGroup, settings: Settings, teacher: Teacher, advance: Advance
-) -> dict[str, Tensor]:
-    return group_losses(model, data, teacher, group, settings, advance)
+    model: PrunableModel, data: DataBundle, group: UnitGroup, settings: Settings, teacher: Teacher, advance: Advance,
+    turns: Turns | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    return group_losses(model, data, teacher, group, settings, advance, turns)
 
 
 def _leaked_losses(
-    model: PrunableModel, data: DataBundle, group: UnitGroup, settings: Settings, teacher: Teacher, advance: Advance
-) -> dict[str, Tensor]:
+    model: PrunableModel, data: DataBundle, group: UnitGroup, settings: Settings, teacher: Teacher, advance: Advance,
+    turns: Turns | None,
+) -> dict[str, Tensor]:  # fmt: skip
     prefix = replace(teacher, blocks=leaked_outputs(model, teacher.batch, group.layer))
-    return group_losses(model, data, prefix, group, settings, advance)
+    return group_losses(model, data, prefix, group, settings, advance, turns)
 
 
 def _token_losses(
-    model: PrunableModel, data: DataBundle, layer: int, settings: Settings, teacher: Teacher, advance: Advance
-) -> dict[str, Tensor]:
-    return token_losses(model, data, teacher, layer, settings, advance)
+    model: PrunableModel, data: DataBundle, layer: int, settings: Settings, teacher: Teacher, advance: Advance,
+    turns: Turns | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    return token_losses(model, data, teacher, layer, settings, advance, turns)
 
 
 def _left(scratch: Scratch | None, model: PrunableModel) -> tuple[Losses, int]:

@@ -47,7 +47,7 @@ def _positions(model: PrunableModel, batch: Batch) -> int:
     with torch.inference_mode(), captured(model.network, [block]) as found:
         model.logits(model.place(one))
     given = found[block][0] if isinstance(found[block], tuple) else found[block]
-    return given[0].numel() // given.shape[1 if given.ndim == 4 else -1]
+    return given[0].numel() // given.shape[model.feature_axis if given.ndim == 4 else -1]
 
 
 def _language_length(data: DataBundle) -> float:

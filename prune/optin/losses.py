@@ -8,25 +8,32 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 
-def feature_rows(features: Tensor, candidates: int = 1) -> Tensor:
-    """Bring a feature map of stacked candidates to rows: (C * B, ..., d) or (C * B, d, H, W) to (C, rows, d)."""
+def feature_rows(features: Tensor, candidates: int = 1, axis: int = 1) -> Tensor:
+    """Bring a feature map of stacked candidates to rows: (C * B, ..., d) or (C * B, d, H, W) to (C, rows, d).
+
+    Args:
+        features: Output of a feature point, candidate-major along the batch.
+        candidates: How many are stacked, C.
+        axis: Where maps of four dimensions have their features, `PrunableModel.feature_axis`.
+    """
     if features.ndim == 4:
-        features = features.movedim(1, -1)  # (C * B, H, W, d)
+        features = features.movedim(axis, -1)  # (C * B, H, W, d)
     return features.reshape(candidates, -1, features.shape[-1])  # (C, rows, d)
 
 
-def sampled(features: Tensor, rows: Tensor | None, candidates: int = 1) -> Tensor:
+def sampled(features: Tensor, rows: Tensor | None, candidates: int = 1, axis: int = 1) -> Tensor:
     """Normalised feature rows, float32.
 
     Args:
         features: Output of a feature point, candidate-major along the batch.
         rows: Which rows of each candidate, (K,); None takes all.
         candidates: How many are stacked.
+        axis: As for `feature_rows`.
 
     Returns:
         (C, K, d), each row of length 1.
     """
-    found = feature_rows(features, candidates)
+    found = feature_rows(features, candidates, axis)
     found = found if rows is None else found.index_select(1, rows)
     return normalize(found.float(), dim=-1)
 
@@ -58,17 +65,18 @@ def manifold_distance(masked: Tensor, dense: Tensor) -> Tensor:
     return left.sum(dim=(1, 2)) + right.sum(dim=(1, 2)) + 2 * both.sum(dim=(1, 2))
 
 
-def token_gram(features: Tensor, candidates: int = 1) -> Tensor:
+def token_gram(features: Tensor, candidates: int = 1, axis: int = 1) -> Tensor:
     """Mean over positions t of `X_t X_t^T`, X_t the samples' normalised features at t.
 
     Args:
         features: Output of a feature point, candidate-major along the batch, (C * B, ..., d).
         candidates: How many are stacked.
+        axis: As for `feature_rows`.
 
     Returns:
         (C, B, B).
     """
-    found = normalize(feature_rows(features, len(features)).float(), dim=-1)  # (C * B, T, d)
+    found = normalize(feature_rows(features, len(features), axis).float(), dim=-1)  # (C * B, T, d)
     positions = found.shape[1]
     flat = found.flatten(1).unflatten(0, (candidates, -1))  # (C, B, T * d)
     return flat @ flat.transpose(1, 2) / positions

@@ -8,28 +8,23 @@ divergence evaluated at `y - dy/dg_j`; where it has many, `xi = sqrt(p) e - p <s
 has the covariance of their Fisher information, so `E[(d<xi, y>/dg_j)^2] = 2 KD_j`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.base import DataBundle, Distributing
+from data.base import DataBundle
 from models.base import Batch, PrunableModel, UnitGroup
 from prune.gates import calibration_of, undisturbed
 from prune.optin.exact import Losses, exact_losses
-from prune.optin.losses import sampled
-from prune.optin.precision import computed_in, in_float32
-from prune.optin.teacher import Settings, observe
-from utils.errors import InputError
-from utils.hooks import captured, hooked
+from prune.optin.graph import Dense, Graph, Responses, drawing
+from prune.optin.precision import computed_in
+from prune.optin.teacher import Settings
+from utils.distributed import divided
+from utils.memory import restarted
 from utils.progress import progress_bar
 
 EXACTLY = ("head",)
-# random signs as a product of two thin matrices: as good as a full matrix, and cheaper to draw and to multiply
-RANK = 64
-# so few numbers a sample have their Jacobian taken whole
-MOST_OUTPUTS = 32
 
 
 def sketched_losses(
@@ -56,135 +51,58 @@ def sketched_losses(
     with undisturbed(model.network), precision, progress_bar("optin sketch", len(batches) * probes) as advance:
         for batch in batches:
             placed = model.place(batch)
-            graph = Graph(model, placed, groups, settings)
-            for _ in range(probes):
-                for name, values in graph.distance_probe(generator).items():
-                    losses["md"][name] += values / (len(batches) * probes)
-                advance("")
-            for name, values in graph.deviations(data, max(4, probes // 4), generator).items():
+            distances, deviations = estimated(model, data, placed, groups, settings, probes, generator)
+            for name, values in distances.items():
+                losses["md"][name] += values / len(batches)
+            for name, values in deviations.items():
                 losses["kd"][name] += settings.temperature**2 * values / len(batches)
+            for _ in range(probes):
+                advance("")
     return losses
 
 
-class Graph:
-    """One forward pass through gates of ones, a gate a sample and unit, kept for many backward passes."""
-
-    def __init__(self, model: PrunableModel, batch: Batch, groups: Sequence[UnitGroup], settings: Settings) -> None:
-        self.batch, self.groups = batch, groups
-        self.last = len(model.blocks()) - 1
-        samples = len(next(iter(batch.values())))
-        gates = {g.name: torch.ones(samples, g.count, device=model.device, requires_grad=True) for g in groups}
-        self.gates = [gates[group.name] for group in groups]
-        with torch.no_grad():
-            rows = observe(model, batch, settings).rows
-        with torch.enable_grad(), gates_by_sample(model, gates):
-            with captured(model.network, model.feature_points()) as found:
-                self.logits = model.logits(batch)
-            self.logits = self.logits.float()
-            self.features = [sampled(found[name], rows[name])[0] for name in model.feature_points()]  # (K, d) each
-        self.own = self._own_points()
-
-    def distance_probe(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Squared response of every unit to one random probe of the Grams, (count,) each."""
-        with torch.enable_grad(), in_float32(self.logits.device):
-            parts = [probed(features, generator) for features in self.features]
-            responses = self._gradients(torch.stack(parts).sum())
-        found = {}
-        for group, response in zip(self.groups, responses, strict=True):
-            if group.layer in self.own:  # the layer's own point moves with the unit but does not judge it
-                gate = self.gates[self.groups.index(group)]
-                response = response - torch.autograd.grad(parts[group.layer], gate, retain_graph=True)[0]
-            found[group.name] = response.sum(dim=0).square().float().cpu()
-        return found
-
-    def deviations(self, data: DataBundle, probes: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Divergence of the logits summed over samples, (count,) each, from how they move with the gates."""
-        outputs = self.logits[0].numel()
-        if outputs <= MOST_OUTPUTS:
-            return self._from_jacobian(data, outputs)
-        logits = self._distributions(data)
-        probabilities = logits.detach().softmax(dim=-1)
-        logits = torch.where(probabilities > 0, logits, 0.0)  # what can't be has no share, and no gradient
-        sums = {group.name: torch.zeros(group.count) for group in self.groups}
-        for _ in range(probes):
-            signs = _signs(probabilities.shape, generator).to(probabilities.device)
-            root = probabilities.sqrt() * signs
-            probe = root - probabilities * root.sum(dim=-1, keepdim=True)
-            with torch.enable_grad():
-                responses = self._gradients((probe * logits).sum())
-            for group, response in zip(self.groups, responses, strict=True):
-                sums[group.name] += response.sum(dim=0).square().float().cpu() / (2 * probes)
-        return sums
-
-    def _from_jacobian(self, data: DataBundle, outputs: int) -> dict[str, Tensor]:
-        flat = self.logits.flatten(1)
-        with torch.enable_grad():
-            columns = [self._gradients(flat[:, output].sum()) for output in range(outputs)]
-        found = {}
-        for number, group in enumerate(self.groups):
-            jacobian = torch.stack([column[number] for column in columns], dim=-1)  # (B, count, outputs)
-            moved = (flat.detach()[:, None] - jacobian).movedim(1, 0)  # (count, B, outputs)
-            given = moved.reshape(group.count, *self.logits.shape)
-            found[group.name] = data.task.deviation(given, self.logits.detach(), self.batch).sum(dim=-1).float().cpu()
-        return found
-
-    def _distributions(self, data: DataBundle) -> Tensor:
-        """Logits as (B, ..., outcomes), float32."""
-        if not isinstance(data.task, Distributing):
-            raise InputError(
-                f"prune.engine=sketch: the task of data={data.name} names no distributions, and its logits of shape "
-                f"{tuple(self.logits.shape)} are too many to take apart; use prune.engine=exact"
-            )
-        with torch.enable_grad():
-            return data.task.distributions(self.logits, self.batch).float()
-
-    def _gradients(self, scalar: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(scalar, self.gates, retain_graph=True, materialize_grads=True)
-
-    def _own_points(self) -> set[int]:
-        """Layers before the last whose own feature point lies behind their units."""
-        found = set()
-        for group, gate in zip(self.groups, self.gates, strict=True):
-            if group.layer < self.last and self.features[group.layer].requires_grad:
-                scalar = self.features[group.layer].sum()
-                if torch.autograd.grad(scalar, gate, retain_graph=True, allow_unused=True)[0] is not None:
-                    found.add(group.layer)
-        return found
+Estimates = tuple[Responses, Responses]
 
 
-@contextmanager
-def gates_by_sample(model: PrunableModel, gates: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply every unit by its gate where its consumer reads it; gates are (B, count)."""
+def estimated(
+    model: PrunableModel, data: DataBundle, batch: Batch, groups: Sequence[UnitGroup], settings: Settings,
+    probes: int, generator: torch.Generator,
+) -> Estimates:  # fmt: skip
+    """Distances and divergences of every unit of some groups on one batch, (count,) each.
 
-    def hook_of(group: UnitGroup) -> tuple[nn.Module, object]:
-        owner = torch.empty(group.count * group.width, dtype=torch.int64)
-        owner[group.consumer.index.flatten()] = torch.arange(group.count).repeat_interleave(group.width)
-        owner = owner.to(model.device)
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x = args[0]
-            shape = [len(x), *[1] * (x.ndim - 1)]
-            shape[group.consumer.channel_axis] = -1
-            return (x * gates[group.name][:, owner].to(x.dtype).view(shape), *args[1:])
-
-        return model.network.get_submodule(group.consumer.module), hook
-
-    with hooked(before=[hook_of(group) for group in model.unit_groups() if group.name in gates]):  # type: ignore[misc]
-        yield
-
-
-def probed(features: Tensor, generator: torch.Generator) -> Tensor:
-    """`<V, X X^T>` for a random V whose entries are uncorrelated, of mean 0 and variance 1.
-
-    V is `U W^T / sqrt(r)` with random signs in U and W, so that it never has to be formed.
-
-    Args:
-        features: X, (K, d).
-        generator: Source of the signs.
+    Where memory runs out, samples are differentiated in parts. Every response is a sum over samples, so that with the
+    same random numbers for every part it comes out the same.
     """
-    left, right = (_signs((len(features), RANK), generator).to(features) for _ in range(2))
-    return ((features.T @ left) * (features.T @ right)).sum() / RANK**0.5
+    state, samples = generator.get_state(), len(next(iter(batch.values())))
+
+    def in_parts(size: int) -> Estimates:
+        parts = [range(first, min(first + size, samples)) for first in range(0, samples, size)]
+        dense = None if len(parts) == 1 else Dense.of(model, batch, settings, parts)
+        distances: list[Responses] = []
+        deviations: list[Responses] = []
+        few = False
+        for rows in parts:
+            generator.set_state(state)
+            graph = Graph(model, batch, groups, settings, dense, rows)
+            drawn = drawing(graph.skip_distance_probe, probes, generator)
+            distances = _added(distances, [found for found, _ in divided(drawn, graph.distance_probe)])
+            few = graph.few_outputs
+            found = graph.deviations(data) if few else graph.divergence_probes(data, max(4, probes // 4), generator)
+            deviations = _added(deviations, found)
+            del graph  # before the next one is made
+        return mean_squares(distances), deviations[0] if few else mean_squares(deviations, 2)
+
+    return restarted("optin sketch", samples, in_parts)
 
 
-def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, tuple(shape), generator=generator).float() * 2 - 1
+def _added(sums: list[Responses], found: list[Responses]) -> list[Responses]:
+    """Responses to the same probes, of one part of the samples after the other."""
+    if not sums:
+        return found
+    return [{name: total[name] + part[name] for name in total} for total, part in zip(sums, found, strict=True)]
+
+
+def mean_squares(responses: Sequence[Responses], factor: int = 1) -> Responses:
+    """Mean over the probes of their squared responses, divided by a factor."""
+    names = responses[0] if responses else ()
+    return {n: torch.stack([found[n] for found in responses]).square().mean(dim=0) / factor for n in names}

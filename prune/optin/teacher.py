@@ -10,7 +10,7 @@ from models.base import Batch, PrunableModel
 from prune.gates import gated
 from prune.optin.losses import draw_rows, feature_rows, sampled, token_gram
 from prune.optin.precision import Precision, in_float32
-from prune.optin.trajectory import Recorded, embedding_calls
+from prune.optin.trajectory import Recorded, calls_before
 from utils.errors import InputError
 from utils.hooks import captured
 
@@ -86,19 +86,30 @@ def observe(model: PrunableModel, batch: Batch, settings: Settings) -> Teacher:
     points = model.feature_points()
     with captured(model.network, model.blocks()) as outputs, captured(model.network, points) as found:
         logits = model.logits(batch)
-    teacher = Teacher(batch, logits, [outputs[name] for name in model.blocks()], embedding_calls(model, batch))
+    embedding = calls_before(model, batch, model.blocks()[0])
+    teacher = Teacher(batch, logits, [outputs[name] for name in model.blocks()], embedding)
     for name in points:
-        count = feature_rows(found[name]).shape[1]
-        mask = batch.get("attention_mask")
-        has_pads = mask is not None and mask.numel() == count and not settings.pads
-        rows = draw_rows(count, settings.rows, mask.bool() if has_pads else None, settings.seed)  # type: ignore[union-attr]
+        rows = rows_for(batch, feature_rows(found[name], axis=model.feature_axis).shape[1], settings)
         teacher.rows[name] = None if rows is None else rows.to(logits.device)
-        teacher.features[name] = sampled(found[name], teacher.rows[name])[0]
+        teacher.features[name] = sampled(found[name], teacher.rows[name], axis=model.feature_axis)[0]
         with in_float32(logits.device):
-            teacher.grams[name] = token_gram(found[name])[0]
+            teacher.grams[name] = token_gram(found[name], axis=model.feature_axis)[0]
     if (largest := max(len(rows) for rows in teacher.features.values())) < 2:
         raise InputError(f"prune=optin: a calibration batch gives {largest} feature rows; the Gram needs at least 2")
     return teacher
+
+
+def rows_for(batch: Batch, count: int, settings: Settings) -> Tensor | None:
+    """Which of a feature point's rows stand for it, on the CPU; None means all.
+
+    Args:
+        batch: All samples; rows of their padding are left out where the point has a row a token.
+        count: Rows that the point gives for them.
+        settings: See `Settings`.
+    """
+    mask = batch.get("attention_mask")
+    valid = mask.bool() if mask is not None and mask.numel() == count and not settings.pads else None
+    return draw_rows(count, settings.rows, valid, settings.seed)
 
 
 def leaked_outputs(model: PrunableModel, batch: Batch, layer: int) -> list[object]:

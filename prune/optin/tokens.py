@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from data.base import DataBundle
 from models.base import PrunableModel
-from prune.optin.candidates import Losses, Stacked, calls_of_block, candidates_at_once, compared, in_chunks
+from prune.optin.candidates import Losses, Stacked, calls_of_block, candidates_at_once, compared, in_turns
 from prune.optin.combine import Positions
 from prune.optin.losses import token_gram
 from prune.optin.teacher import Settings, Teacher, compared_points
 from prune.optin.trajectory import always
+from utils.distributed import Turns
 from utils.errors import InputError
 from utils.hooks import hooked, replaying
 from utils.progress import Advance
@@ -56,8 +57,9 @@ def refuse_without_tokens(model: PrunableModel) -> None:
 
 
 def token_losses(
-    model: PrunableModel, data: DataBundle, teacher: Teacher, layer: int, settings: Settings, advance: Advance
-) -> Losses:
+    model: PrunableModel, data: DataBundle, teacher: Teacher, layer: int, settings: Settings, advance: Advance,
+    turns: Turns | None = None,
+) -> Losses:  # fmt: skip
     """Losses of every token position at the input of one block on one batch, each (T,); position 0 is the first."""
     if len(teacher.logits) < 2:
         raise InputError("data.calibration_batch_size=1: token positions are compared across samples; take at least 2")
@@ -65,7 +67,7 @@ def token_losses(
     passes = _TokenPasses(model, data, teacher, layer)
     size = candidates_at_once(calls, teacher.logits, settings)
     score = partial(passes.losses, temperature=settings.temperature)
-    return in_chunks(positions_in(teacher), size, score, passes, advance)
+    return in_turns(positions_in(teacher), size, score, passes, advance, turns)
 
 
 class _TokenPasses(Stacked):
@@ -86,7 +88,8 @@ class _TokenPasses(Stacked):
             return (without_positions(args[0], positions), *args[1:])
 
         def distance(name: str, features: Tensor) -> Tensor:
-            return (token_gram(features, len(positions)) - self.teacher.grams[name]).square().sum(dim=(1, 2))
+            grams = token_gram(features, len(positions), self.model.feature_axis)
+            return (grams - self.teacher.grams[name]).square().sum(dim=(1, 2))
 
         block = self.model.network.get_submodule(self.model.blocks()[self.layer])
         with replaying(self.model.network, self.answers), hooked(before=[(block, drop)]):

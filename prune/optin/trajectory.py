@@ -1,7 +1,9 @@
 """The dense model's trajectory on one calibration batch, and running only what a masked unit changes."""
 
+import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +20,10 @@ def tiled(value: Any, times: int) -> Any:
         return value.repeat(times, *[1] * (value.ndim - 1)) if value.ndim else value
     if isinstance(value, tuple):
         return tuple(tiled(part, times) for part in value)
+    if isinstance(value, list):
+        return [tiled(part, times) for part in value]
+    if is_dataclass(value) and not isinstance(value, type):  # what transformers' modules give
+        return replace(value, **{part.name: tiled(getattr(value, part.name), times) for part in fields(value)})
     return value
 
 
@@ -58,7 +64,10 @@ def block_calls(
 
         return hook
 
-    inside = [(n, m) for n, m in model.network.named_modules() if n == block or n.startswith(f"{block}.")]
+    # a module that is given nothing, such as a table of biases, answers the same to any number of candidates
+    inside = [
+        (n, m) for n, m in model.network.named_modules() if n == block or n.startswith(f"{block}.") and _is_given(m)
+    ]
     with replaying(model.network, prefix), hooked(after=[(m, hook_of(n)) for n, m in inside]):
         try:
             model.logits(batch)
@@ -67,28 +76,35 @@ def block_calls(
     return calls
 
 
-def embedding_calls(model: PrunableModel, batch: Batch) -> list[Recorded]:
-    """Run a model up to its first block, and record the outermost calls of the modules before it."""
+def _is_given(module: nn.Module) -> bool:
+    return bool(inspect.signature(module.forward).parameters)
+
+
+def calls_before(model: PrunableModel, batch: Batch, block: str) -> list[Recorded]:
+    """Run a model once, and record the outermost calls of the modules that were done before a block began.
+
+    A module that runs again later is left out: it can't be answered for by what it gave before.
+    """
     calls: list[Recorded] = []
-
-    class Enough(Exception):
-        """Ends the pass at the block."""
-
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-        raise Enough
+    times: Counter[str] = Counter()
+    begun: list[bool] = []
 
     def hook_of(name: str) -> Callable[..., None]:
-        return lambda module, args, output: calls.append(Recorded(name, args, output))
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            times[name] += 1
+            if not begun:
+                calls[:] = [call for call in calls if not call.name.startswith(f"{name}.")]
+                calls.append(Recorded(name, args, output))
 
-    first = model.blocks()[0]
-    outside = [(n, m) for n, m in model.network.named_modules() if n and not f"{first}.".startswith(f"{n}.")]
-    stops = [(model.network.get_submodule(first), stop)]
-    with hooked(before=stops, after=[(m, hook_of(n)) for n, m in outside]):
-        try:
-            model.logits(batch)
-        except Enough:
-            pass
-    return _outermost(calls)
+        return hook
+
+    outside = [
+        (n, m) for n, m in model.network.named_modules() if n and not f"{block}.".startswith(f"{n}.") and _is_given(m)
+    ]
+    start = (model.network.get_submodule(block), lambda module, args: begun.append(True))
+    with hooked(before=[start], after=[(m, hook_of(n)) for n, m in outside]):
+        model.logits(batch)
+    return [call for call in calls if times[call.name] == 1]
 
 
 def without_units(consumer: nn.Module, read: Tensor, gave: Tensor, group: UnitGroup, index: Tensor) -> Tensor:
@@ -135,11 +151,5 @@ def reusable(calls: Sequence[Recorded], consumer: str) -> list[Recorded]:
     """
     names = [call.name for call in calls]
     before = calls[: names.index(consumer)]
-    return _outermost([call for call in before if not consumer.startswith(f"{call.name}.")], names)
-
-
-def _outermost(calls: Sequence[Recorded], every: Sequence[str] | None = None) -> list[Recorded]:
-    """Calls of modules that ran once and lie in no other of them."""
-    names = [call.name for call in calls] if every is None else every
-    once = [call for call in calls if names.count(call.name) == 1]
+    once = [call for call in before if not consumer.startswith(f"{call.name}.") and names.count(call.name) == 1]
     return [call for call in once if not any(call.name.startswith(f"{other.name}.") for other in once)]

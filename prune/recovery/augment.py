@@ -19,6 +19,7 @@ from torch.nn.functional import one_hot
 
 from data.base import Batch, Classification, DataBundle
 from data.images import AUGMENTATION, ImageBatches
+from data.segmentation_task import Segmentation
 from models.base import PrunableModel
 from models.preprocessing import ImagePreprocessing
 from utils.errors import InputError
@@ -67,6 +68,8 @@ def augmented(batches: TrainBatches, how: Augmentation, data: DataBundle, model:
         raise InputError(f"{asked}: data={data.name} must have images of 1 or 3 channels; all four must be off")
     if (how.mixup or how.cutmix) and not isinstance(data.task, Classification):
         raise InputError(f"{asked}: data={data.name} has no class labels to mix; recover.mixup and cutmix must be 0")
+    if how.policy and isinstance(data.task, Segmentation):
+        raise InputError(f"{asked}: it would move pixels of data={data.name} and not their labels; it must be off")
     policy = _policy(how.policy) if how.policy else None
     if isinstance(batches, ImageBatches) and isinstance(model.preprocessing, ImagePreprocessing) and how.policy:
         batches, policy = _with_policy(batches, model.preprocessing, how.policy), None

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 import utils.training
 from data.base import DataBundle, Divisible
-from models.base import Batch, PrunableModel
+from models.base import PrunableModel
 from models.pretrained import validate
 from prune.recovery import augment, zeros
 from prune.recovery.augment import Augmentation, augmented
 from prune.recovery.checkpointing import checkpointed
+from prune.recovery.spread import Spread, shard_trainee, spread_of
 from prune.recovery.zeros import sparse_weights, zeros_kept
 from utils.code import code_hash
+from utils.data_parallel import divided_loss
 from utils.errors import InputError
+from utils.launched import launched
 from utils.rules import Count, NonNegative, Positive, Range, Ratio
 from utils.storage import Artifact, Scratch, Store, folder_name
 from utils.training import History, TrainBatches, Trained, Training, fit
@@ -92,6 +95,7 @@ class TrainedRecovery(Training, ABC):
         mixup: Parameter of mixup; 0 for none.
         cutmix: Parameter of CutMix; 0 for none.
         erase: Probability that a part of an image is erased.
+        sharded: Divide weights, gradients and the optimizer's state between the processes of a run (FSDP).
     """
 
     epochs: Count = 40
@@ -105,10 +109,23 @@ class TrainedRecovery(Training, ABC):
     mixup: NonNegative = 0.0
     cutmix: NonNegative = 0.0
     erase: Ratio = 0.0
+    sharded: bool = False
+
+    # whether the loss of a batch is made of those of its rows: `loss` then takes some rows and the whole batch
+    divides = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sharded and launched() is None:
+            rule = "divides weights between processes; start with torchrun --nproc_per_node=2, or leave it false"
+            raise InputError(f"recover.sharded=true: {rule}")
 
     @abstractmethod
-    def loss(self, pruned: PrunableModel, dense: PrunableModel, data: DataBundle) -> Callable[[Batch], Tensor]:
-        """Return the loss to train `pruned` on, as a function of a batch."""
+    def loss(self, pruned: PrunableModel, dense: PrunableModel, data: DataBundle) -> Callable[..., Tensor]:
+        """Return the loss to train `pruned` on, as a function of a batch.
+
+        Where `divides` is set it also takes rows of a batch with the whole one, and weighs their loss by their share.
+        """
 
     def trainee(self, model: PrunableModel, dense: PrunableModel, seed: int) -> Trainee:
         """What is trained of a copy of the pruned model: here all of it."""
@@ -133,11 +150,12 @@ class TrainedRecovery(Training, ABC):
             raise InputError(f"recover: data={data.name} has no training samples; use recover=none")
         model, before = pruned.copy(), validate(pruned, data)
         model.network.float()
-        trainee = self.trainee(model, dense, seed)
+        trainee, spread = self.trainee(model, dense, seed), spread_of(self, model.network, data)
 
         def compute(scratch: Scratch) -> Artifact:
             start = time.perf_counter()
-            trained = self._trained(trainee, model, dense, data, seed, scratch)
+            own = self._sharded(pruned, dense, seed) if spread.sharded else (trainee, model)
+            trained = self._trained(*own, dense, data, seed, scratch, spread)
             weights = {f"last/{n}": t for n, t in trained.last.items()} | {
                 f"best/{n}": t for n, t in trained.best.items()
             }
@@ -147,29 +165,39 @@ class TrainedRecovery(Training, ABC):
 
         folder = f"{data.domain}/{folder_name(data.name)}/{folder_name(pruned.name)}"
         name = f"recovered-{type(self).__name__.lower()}"
-        found = store.fetch(folder, name, self._key(pruned, dense, data, seed), compute)
+        found = store.fetch(folder, name, self._key(pruned, dense, data, seed) | spread.facts(), compute)
         use = f"{self._used}/"
         chosen = {n.removeprefix(use): t for n, t in found.artifact.tensors.items() if n.startswith(use)}
         trainee.network.load_state_dict(chosen)
         facts: dict[str, Any] = {**found.artifact.facts, "trainable_params": trainee.trainable}
         trainee.finish()
         model.network.to(pruned.dtype)
-        return Recovered(model, [{"epoch": 0, **before}, *facts["history"]], self._facts(facts, data))
+        history = [{"epoch": 0, **before}, *facts["history"]]
+        return Recovered(model, history, self._facts(facts, data) | spread.facts())
+
+    def _sharded(self, pruned: PrunableModel, dense: PrunableModel, seed: int) -> tuple[Trainee, PrunableModel]:
+        """A copy to train whose weights are divided between the processes; the copy to measure stays whole."""
+        model = pruned.copy()
+        model.network.float()
+        return shard_trainee(self.trainee(model, dense, seed), model), model
 
     def _trained(
         self, trainee: Trainee, model: PrunableModel, dense: PrunableModel, data: DataBundle, seed: int,
-        scratch: Scratch,
+        scratch: Scratch, spread: Spread,
     ) -> Trained:  # fmt: skip
         """Train, on what is not held out, behind the augmentation that was asked for."""
         train, held = self._split(data)
         how = Augmentation(self.augment, self.mixup, self.cutmix, self.erase)
         kept = trainee.after_step
+        loss = self.loss(model, dense, data)
+        if spread.divided:
+            loss = divided_loss(trainee.network, loss, spread.sharded)
         with checkpointed(model) if self.grad_checkpointing else nullcontext():
             return fit(
-                trainee.network, self.loss(model, dense, data), augmented(train, how, data, model), self,
-                lambda: _scored(model, data, held), seed, "recover", scratch, kept,
+                trainee.network, loss, augmented(train, how, data, model), self,
+                lambda: _scored(model, data, held, not spread.sharded), seed, "recover", scratch, kept,
                 after_backward=kept.clear_gradients if isinstance(kept, zeros.Kept) else None,
-                patience=self.patience, keep_good=True,
+                patience=self.patience, keep_good=True, divided=spread.divided,
             )  # fmt: skip
 
     def _split(self, data: DataBundle) -> tuple[TrainBatches, TrainBatches | None]:
@@ -199,7 +227,7 @@ class TrainedRecovery(Training, ABC):
         return {
             "recovery": f"{type(self).__module__}.{type(self).__qualname__}",
             "code": code_hash(type(self), type(pruned), *pruned.code, type(data.task), utils.training, zeros, augment),
-            "settings": asdict(replace(self, use="last")),
+            "settings": {name: value for name, value in asdict(replace(self, use="last")).items() if name != "sharded"},
             "pruned": pruned.fingerprint(),
             "sparse": pruned.sparse,
             "dense": dense.fingerprint(),
@@ -212,9 +240,9 @@ class TrainedRecovery(Training, ABC):
 
 
 @torch.inference_mode()
-def _scored(model: PrunableModel, data: DataBundle, held: TrainBatches | None) -> dict[str, float]:
+def _scored(model: PrunableModel, data: DataBundle, held: TrainBatches | None, joint: bool) -> dict[str, float]:
     """Loss and quality on the validation split, and the loss on what is held out of train."""
-    return validate(model, data) | ({"held_out_loss": _mean_loss(model, data, held)} if held is not None else {})
+    return validate(model, data, joint) | ({"held_out_loss": _mean_loss(model, data, held)} if held is not None else {})
 
 
 def _mean_loss(model: PrunableModel, data: DataBundle, batches: TrainBatches) -> float:

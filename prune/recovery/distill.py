@@ -10,6 +10,7 @@ from torch import Tensor
 from data.base import DataBundle
 from models.base import Batch, PrunableModel
 from models.checkpoint import load_model
+from models.pretrained import nothing, rows_to_answer, samples_in, share_of
 from prune.recovery.base import TrainedRecovery
 from prune.recovery.teacher import refuse_misfit
 from utils.errors import InputError
@@ -33,7 +34,12 @@ class Distill(TrainedRecovery):
     features: NonNegative = 0.0
     teacher: ExistingPath | None = None
 
-    def loss(self, pruned: PrunableModel, dense: PrunableModel, data: DataBundle) -> Callable[[Batch], Tensor]:
+    @property
+    def divides(self) -> bool:
+        """Errors of features relate to those of the whole batch."""
+        return self.features == 0
+
+    def loss(self, pruned: PrunableModel, dense: PrunableModel, data: DataBundle) -> Callable[..., Tensor]:
         """The blended loss; the teacher is in eval mode and without gradients.
 
         Raises:
@@ -51,15 +57,19 @@ class Distill(TrainedRecovery):
             ) from error
         refuse_misfit(pruned, dense, data, points, name)
 
-        def blended(batch: Batch) -> Tensor:
-            placed = pruned.place(batch)
+        def blended(batch: Batch, whole: Batch | None = None) -> Tensor:
+            rows = rows_to_answer(batch, whole)
+            placed = pruned.place(rows)
             with captured(pruned.network, points) as mine:
                 logits = pruned.logits(placed)
             with torch.no_grad(), captured(dense.network, points.values()) as theirs:
-                teacher = dense.logits(dense.place(batch))
+                teacher = dense.logits(dense.place(rows))
             theirs = {point: theirs[name] for point, name in points.items()}
-            loss = (1 - self.soft) * data.task.loss(logits, placed, self.label_smoothing)
-            loss = loss + self.soft * data.task.divergence(logits, teacher, self.temperature)
+            loss, samples = nothing(logits), 1.0 if whole is None else samples_in(batch) / samples_in(whole)
+            if share := share_of(data.task, batch, whole):
+                loss = share * (1 - self.soft) * data.task.loss(logits, placed, self.label_smoothing)
+            if samples:
+                loss = loss + samples * self.soft * data.task.divergence(logits, teacher, self.temperature)
             return loss + self.features * feature_error(mine, theirs) if self.features else loss
 
         return blended

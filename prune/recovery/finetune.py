@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data.base import DataBundle
-from models.base import Batch, PrunableModel
+from models.base import PrunableModel
 from models.pretrained import task_loss
 from prune.recovery.base import TrainedRecovery
 
@@ -15,6 +15,8 @@ from prune.recovery.base import TrainedRecovery
 class Finetune(TrainedRecovery):
     """AdamW on the labels of the train split."""
 
-    def loss(self, pruned: PrunableModel, dense: PrunableModel, data: DataBundle) -> Callable[[Batch], Tensor]:
+    divides = True
+
+    def loss(self, pruned: PrunableModel, dense: PrunableModel, data: DataBundle) -> Callable[..., Tensor]:
         """The task's loss; the dense model is not looked at."""
         return task_loss(pruned, data, self)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from data.base import DataBundle
-from models.base import Batch, PrunableModel
+from models.base import PrunableModel
 from models.pretrained import task_loss
 from prune.recovery.base import TrainedRecovery, Trainee
 from prune.recovery.zeros import kept_zeros, sparse_weights
@@ -45,14 +45,18 @@ class Lora(TrainedRecovery):
     dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.0
     targets: tuple[str, ...] | None = None
 
+    divides = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.targets is not None and not self.targets:
             raise InputError("recover.targets=[]: must name at least one linear, or be null for all in the blocks")
+        if self.sharded:
+            raise InputError("recover.sharded=true: recover=lora trains too little to divide; must be false")
         if importlib.util.find_spec("peft") is None:
             raise InputError(INSTALL)
 
-    def loss(self, pruned: PrunableModel, dense: PrunableModel, data: DataBundle) -> Callable[[Batch], Tensor]:
+    def loss(self, pruned: PrunableModel, dense: PrunableModel, data: DataBundle) -> Callable[..., Tensor]:
         """The task's loss; the dense model is not looked at."""
         return task_loss(pruned, data, self)
 

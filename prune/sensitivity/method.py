@@ -17,6 +17,7 @@ from prune.rankers.fisher import fisher
 from prune.rankers.magnitude import Magnitude
 from prune.rankers.random import Random
 from prune.rankers.taylor import Taylor, taylor_batch
+from prune.repair.batches import at_most, largest
 from prune.rewriting import Applied
 from prune.sensitivity import passes
 from prune.sensitivity import sweep as sweeping
@@ -28,6 +29,7 @@ from prune.weights.matrices import Matrix, prunable_matrices
 from prune.whole import scores as weight_scoring
 from prune.whole.scores import WeightScore, weight_scores
 from utils.errors import InputError
+from utils.memory import restarted
 from utils.rules import Count, Range, Seed
 from utils.storage import Scratch, Store
 
@@ -97,7 +99,11 @@ class Sensitivity(Structural):
             ]  # fmt: skip
         if not trials:
             raise InputError(f"prune.sweep={list(self.sweep)}: model={model.name} has nothing of the kind to remove")
-        dense, rows = swept(model, data, batches, trials, scratch, Scores(found).to_tensors())
+        kept = Scores(found).to_tensors()
+        dense, rows = restarted(
+            "sensitivity", largest(batches),
+            lambda size: swept(model, data, at_most(batches, size), trials, scratch, kept),
+        )  # fmt: skip
         facts = {
             "rows": rows[:swept_rows], ABLATION: rows[swept_rows:], "dense": plain(dense),
             "samples": sum(len(next(iter(batch.values()))) for batch in batches), "score": self.score,
@@ -144,7 +150,9 @@ class Sensitivity(Structural):
     def apply_on(self, model: PrunableModel, plan: Plan, data: DataBundle, store: Store) -> Applied:
         """Cut a copy, and hold the sum of the layers' losses against that of the whole cut."""
         batches = taken(calibration_of(data).calibration, self.samples)
-        effect = cross_effect(model, data, batches, plan)
+        effect = restarted(
+            "sensitivity", largest(batches), lambda size: cross_effect(model, data, at_most(batches, size), plan)
+        )
         measured = {**plan.details["sensitivity"], "cross_effect": effect}
         return Applied(self.apply(model, plan), replace(plan, details={**plan.details, "sensitivity": measured}))
 

@@ -16,6 +16,7 @@ from prune.gates import gated, undisturbed
 from prune.sensitivity.passes import Figures, SuffixPasses, zeroed
 from prune.weights.matrices import Matrix, linear_of
 from prune.whole.threshold import lowest
+from utils.distributed import divided
 from utils.progress import progress_bar
 from utils.storage import Artifact, Scratch
 
@@ -129,12 +130,15 @@ def swept(
     done = sum(trial.key in found for trial in ordered)
     with undisturbed(model.network), progress_bar("sensitivity", len(ordered), done) as advance:
         passes = SuffixPasses(model, batches, data.task)
-        for trial in ordered:
-            if trial.key in found:
-                continue
+        waiting = [trial for trial in ordered if trial.key not in found]
+
+        def measured(trial: Trial) -> tuple[dict[str, Tensor], Row]:
             passes.go_to(trial.layer)
             with trial.change():
-                found[trial.key] = trial.row | _changes(passes.dense, passes.measure())
+                return {}, trial.row | _changes(passes.dense, passes.measure())
+
+        for trial, (_, row) in zip(waiting, divided(waiting, measured, in_rounds=True), strict=True):
+            found[trial.key] = row
             if scratch is not None:
                 scratch.save(Artifact(dict(keep), {"rows": found}))
             advance(trial.key)

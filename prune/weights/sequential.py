@@ -13,15 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from data.base import DataBundle, fingerprint_of
-from models.base import PrunableModel
+from models.base import Batch, PrunableModel
 from models.visiting import settle
 from prune.gates import calibration_of, undisturbed
+from prune.repair.batches import at_most, largest
 from prune.weights.abreast import staged
 from prune.weights.allotting import shares_of
 from prune.weights.masks import Share, packed, unpacked
 from prune.weights.matrices import Matrix, Solved, linear_of, prunable_matrices
-from prune.weights.statistics import Statistic
+from prune.weights.statistics import Joining, Statistic
 from prune.weights.walk import Walk
+from utils.distributed import rank, world_size
+from utils.memory import restarted
 from utils.progress import progress_bar
 from utils.storage import Artifact, Scratch
 
@@ -45,14 +48,26 @@ def rewritten(method: "WeightSparsity", model: PrunableModel, data: DataBundle, 
     Returns:
         Tensors by the name of the linear; facts on each one under `matrices`.
     """
-    batches = calibration_of(data).calibration if method.looks_at_data else []
+    if not method.looks_at_data:
+        return _rewritten(method, model, [], scratch)
+    batches = calibration_of(data).calibration
+    return restarted(
+        method.name, largest(batches), lambda size: _rewritten(method, model, at_most(batches, size), scratch)
+    )
+
+
+def _rewritten(
+    method: "WeightSparsity", model: PrunableModel, batches: Sequence[Batch], scratch: Scratch
+) -> Artifact:
+    """The same with batches as they are; blocks that are finished are taken over."""
     matrices = prunable_matrices(model, method.skip)
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     with _working_copy(model, method.offload) as (copy, device), undisturbed(copy.network):
         shares = shares_of(method, copy, matrices, batches, device, scratch)
-        walk = Walk(copy, batches, device, method.offload, method.precision) if method.looks_at_data else None
-        blocks = _Blocks(method, copy, walk, shares, scratch)
+        own = own_batches(method, batches)
+        walk = Walk(copy, own, device, method.offload, method.precision) if method.looks_at_data else None
+        blocks = _Blocks(method, copy, walk, shares, scratch, joins=len(own) < len(batches))
         last = max(matrix.layer for matrix in matrices)
         with progress_bar(method.name, last + 1) as advance:
             for layer in range(last + 1):
@@ -62,14 +77,24 @@ def rewritten(method: "WeightSparsity", model: PrunableModel, data: DataBundle, 
     return Artifact(tensors, {"matrices": facts})
 
 
+def own_batches(method: "WeightSparsity", batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The calibration batches that this process of a run sends through the model; what it takes from them is joined.
+
+    All, where a statistic's bits depend on the order of its sum, or where there are fewer batches than processes.
+    """
+    divides = method.looks_at_data and isinstance(method.statistic(), Joining) and len(batches) >= world_size()
+    return batches[rank() :: world_size()] if divides else batches
+
+
 class _Blocks:
     """Finishes one block after the other in a working copy."""
 
     def __init__(
         self, method: "WeightSparsity", copy: PrunableModel, walk: Walk | None, shares: Mapping[str, Share],
-        scratch: Scratch,
+        scratch: Scratch, joins: bool,
     ) -> None:  # fmt: skip
         self.method, self.copy, self.walk, self.shares, self.scratch = method, copy, walk, shares, scratch
+        self.joins = joins
         # statistics of the dense model need a copy that stays dense
         self.dense = method.schedule == "dense"
 
@@ -94,6 +119,8 @@ class _Blocks:
         by_name = {matrix.name: matrix for matrix in matrices}
         with closing(self._stages(layer, list(by_name), last)) as stages:
             for names, statistic in stages:
+                if self.joins and isinstance(statistic, Joining):
+                    statistic.join()
                 weights = [linear_of(self.copy.network, name).weight.detach() for name in names]
                 solutions = self.method.solve(weights, statistic, [self.shares[name] for name in names])
                 for name, weight, solved in zip(names, weights, solutions, strict=True):

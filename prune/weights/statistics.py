@@ -3,13 +3,14 @@
 Sums over tokens, so that the batch size does not matter. Shapes: N tokens, I input features.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from data.base import Batch
 from prune.optin.precision import computed_in, in_float32
+from utils.distributed import summed
 
 # columns of a Gram matrix that are computed together
 STRIPE = 256
@@ -31,6 +32,15 @@ class Statistic(Protocol):
         ...
 
 
+@runtime_checkable
+class Joining(Protocol):
+    """A statistic whose sum over several processes of a run is that of a single one."""
+
+    def join(self) -> None:
+        """Add what the other processes of a run have taken in."""
+        ...
+
+
 class SquaredNorms:
     """Sum of squares per input feature."""
 
@@ -43,6 +53,11 @@ class SquaredNorms:
         # wide enough for any number of batches
         self._sums = self._sums.to(inputs.device) + squares(inputs).double()
         self.tokens += len(inputs)
+
+    def join(self) -> None:
+        """Add what the other processes of a run have taken in."""
+        found = summed({"sums": self._sums, "tokens": torch.tensor(self.tokens)})
+        self._sums, self.tokens = found["sums"], int(found["tokens"])
 
     def norms(self) -> Tensor:
         """Root of the mean square of every feature, (I,), float32."""

@@ -10,19 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from data.base import DataBundle
-from models.base import PrunableModel
+from models.base import Batch, PrunableModel
 from models.cost import CostModel
 from models.positions import positions_per_call
 from prune.base import MatrixPlan, Plan, Scores
-from prune.gates import calibration_of, gate_gradients, undisturbed
+from prune.gates import calibration_of, gate_gradients, loss_gradients, undisturbed
 from prune.normalize import normalized
 from prune.rankers.fisher import fisher
 from prune.rankers.magnitude import Magnitude
 from prune.rankers.taylor import taylor_batch, taylor_signed
 from prune.structural import Structural
 from prune.weights.matrices import Matrix, linear_of, prunable_matrices
+from utils.distributed import divided
 from utils.errors import InputError
 from utils.hooks import Hook, hooked
+from utils.memory import Portions
 from utils.progress import progress_bar
 from utils.rules import Seed
 
@@ -59,6 +61,10 @@ class GlobalRows(Structural):
         if self.budget == "width" and self.masked_rows:
             raise InputError(
                 "prune.budget=width: has no common threshold; must be macs or params, or masked_rows=false"
+            )
+        if self.repair and self.masked_rows:
+            raise InputError(
+                f"prune.repair={list(self.repair)}: would fill rows that were zeroed; must be [], or masked_rows=false"
             )
 
     @property
@@ -189,16 +195,16 @@ def row_gradients(model: PrunableModel, data: DataBundle, matrices: Sequence[Mat
         m.name: torch.ones(m.outputs, device=model.device, dtype=model.dtype, requires_grad=True) for m in matrices
     }
     hooks: list[Hook] = [(linear_of(model.network, name), _gating(gate)) for name, gate in gates.items()]
-    found: list[tuple[Tensor, ...]] = []
+    portions = Portions("rows")
     with undisturbed(model.network), hooked(after=hooks), progress_bar("rows", len(batches)) as advance:
-        for batch in batches:
-            placed = model.place(batch)
-            with torch.enable_grad():
-                loss = data.task.loss(model.logits(placed), placed)
-                found.append(torch.autograd.grad(loss, list(gates.values()), materialize_grads=True))
+
+        def gradients(batch: Batch) -> tuple[dict[str, Tensor], None]:
+            values = loss_gradients(model, data.task, batch, list(gates.values()), portions)
             advance("")
-    stacked = (torch.stack(column).float().cpu() for column in zip(*found, strict=True))
-    return dict(zip(gates, stacked, strict=True))
+            return dict(zip(gates, values, strict=True)), None
+
+        found = [tensors for tensors, _ in divided(batches, gradients)]
+    return {name: torch.stack([tensors[name] for tensors in found]).float().cpu() for name in gates}
 
 
 def _gating(gate: Tensor) -> Callable[..., Any]:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from data.base import DataBundle
-from models.base import PrunableModel
-from prune.gates import calibration_of, undisturbed
+from models.base import Batch, PrunableModel
+from prune.gates import calibration_of, loss_gradients, undisturbed
 from prune.weights.matrices import Matrix, linear_of
+from utils.distributed import divided
+from utils.memory import Portions
 from utils.progress import progress_bar
 
 WeightScore = Literal["magnitude", "taylor", "taylor_signed", "fisher", "random"]
@@ -52,19 +54,22 @@ def gradient_sums(model: PrunableModel, data: DataBundle, matrices: Sequence[Mat
     """
     batches = calibration_of(data).calibration
     weights = [linear_of(model.network, matrix.name).weight for matrix in matrices]
-    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    names = [matrix.name for matrix in matrices]
+    sums = {n: torch.zeros_like(weight, dtype=torch.float32) for n, weight in zip(names, weights, strict=True)}
+    portions = Portions("weight gradients")
     with undisturbed(model.network), progress_bar("weight gradients", len(batches)) as advance:
-        for batch in batches:
-            placed = model.place(batch)
-            with torch.enable_grad():
-                for weight in weights:
-                    weight.requires_grad_(True)
-                loss = data.task.loss(model.logits(placed), placed)
-                gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
-            for total, gradient in zip(sums, gradients, strict=True):
-                total += of(gradient.detach().float())
+
+        def terms(batch: Batch) -> tuple[dict[str, Tensor], None]:
+            for weight in weights:
+                weight.requires_grad_(True)
+            gradients = loss_gradients(model, data.task, batch, weights, portions)
             advance("")
-    return {matrix.name: total for matrix, total in zip(matrices, sums, strict=True)}
+            return {name: of(g.detach().float()) for name, g in zip(sums, gradients, strict=True)}, None
+
+        for found, _ in divided(batches, terms, in_rounds=True):
+            for name, values in found.items():
+                sums[name] += values.to(sums[name].device)
+    return sums
 
 
 def weight_scores(

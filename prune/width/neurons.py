@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data.base import DataBundle
 from models.base import Batch, PrunableModel, UnitGroup
-from prune.passes import watch_calibration
+from prune.passes import in_fitting_batches, watch_calibration
 from prune.weights.statistics import SquaredNorms, tokens_of
 from utils.hooks import Hook
 
@@ -50,6 +50,13 @@ def given_norms(model: PrunableModel, data: DataBundle, groups: Sequence[UnitGro
     Returns:
         Per group (N,), float32.
     """
+    sums = in_fitting_batches(data, "neurons", lambda data: _sums_of_squares(model, data, groups))
+    for group in groups:
+        sums[group.name].join()
+    return {group.name: _total(sums[group.name])[_positions(group)] for group in groups}
+
+
+def _sums_of_squares(model: PrunableModel, data: DataBundle, groups: Sequence[UnitGroup]) -> dict[str, SquaredNorms]:
     sums = {group.name: SquaredNorms() for group in groups}
     current: Batch = {}
 
@@ -63,8 +70,8 @@ def given_norms(model: PrunableModel, data: DataBundle, groups: Sequence[UnitGro
         current.clear()
         current.update(batch)
 
-    watch_calibration(model, data, "neurons", start, before=[watch(group) for group in groups])
-    return {group.name: _total(sums[group.name])[_positions(group)] for group in groups}
+    watch_calibration(model, data, "neurons", start, before=[watch(group) for group in groups], divided=True)
+    return sums
 
 
 def _total(found: SquaredNorms) -> Tensor:

@@ -1,0 +1,1 @@
+"""Sweepers of this project; Hydra finds its plugins in this folder."""

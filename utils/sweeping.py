@@ -1,0 +1,107 @@
+"""A sweep on the command line: where its folder is, what of it is still to do, and how it ends."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from utils.compose import CommandLine, hydra_node, is_sweep, with_extra_dir
+from utils.engines import searches
+from utils.errors import InputError
+from utils.from_python import written
+from utils.jobs import differences, jobs_of, missing, typed_for
+
+RESUME = "resume="
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that is about to start.
+
+    Attributes:
+        folder: Where it leaves its files, absolute, so that a job may run anywhere.
+        overrides: What Hydra is told beyond what was typed.
+        left: How many jobs are to be done; None where only the sweeper knows.
+    """
+
+    folder: Path
+    overrides: list[str]
+    left: int | None = None
+
+
+def take_resume(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Part `resume=<sweep folder>` from a command line; Hydra never sees it.
+
+    Raises:
+        InputError: If it is given twice, or without a folder.
+    """
+    given = [argument for argument in arguments if argument.lstrip("+").startswith(RESUME)]
+    if len(given) > 1:
+        raise InputError(f"{' '.join(given)}: one sweep at a time is resumed")
+    if not given:
+        return list(arguments), None
+    value = given[0].partition("=")[2].strip("'\"")
+    if not value:
+        raise InputError(f"{RESUME}: must be the folder of a sweep, multirun/<date>/<time>")
+    return [argument for argument in arguments if argument != given[0]], Path(value)
+
+
+def with_overrides(arguments: Sequence[str], more: Sequence[str]) -> list[str]:
+    """Put overrides behind the last one of a command line, since options may follow it."""
+    typed = get_args_parser().parse_args(list(arguments)).overrides
+    last = max((at for at, argument in enumerate(arguments) if argument in typed), default=len(arguments) - 1)
+    return [*arguments[: last + 1], *more, *arguments[last + 1 :]]
+
+
+def prepared(line: CommandLine, resume: Path | None) -> Sweep | None:
+    """What a right command line asks for, if it is a sweep; None: a single run.
+
+    Args:
+        line: Without mistakes.
+        resume: Folder of the sweep that is to go on.
+
+    Raises:
+        InputError: If that folder can't be gone on with.
+    """
+    with initialize_config_dir(str(line.config_dir.absolute()), version_base="1.3"):
+        overrides = with_extra_dir(line)
+        if not is_sweep(line, overrides):
+            if resume is not None:
+                raise InputError(f"{RESUME}{resume}: goes on with a sweep, which needs -m")
+            return None
+        hydra = hydra_node(line, overrides)
+        assert hydra is not None
+        folder = Path(str(hydra.sweep.dir) if resume is None else resume).absolute()
+        place = f"hydra.sweep.dir={written('hydra.sweep.dir', str(folder))}"
+        if resume is None:
+            return Sweep(folder, [place])
+        if searches(hydra):
+            _refuse_another_search(line.overrides, resume)
+            return Sweep(folder, [place])
+        return Sweep(folder, [place, "hydra/sweeper=resume"], _count_missing(line, hydra, resume))
+
+
+def _count_missing(line: CommandLine, hydra: DictConfig, resume: Path) -> int:
+    loader = GlobalHydra.instance().config_loader()
+    params = {str(key): str(value) for key, value in (hydra.sweeper.get("params") or {}).items()}
+    return len(missing(jobs_of(_task_overrides(line.overrides), params, loader), resume, loader))
+
+
+def _task_overrides(overrides: Sequence[str]) -> list[str]:
+    """What is said of the jobs; the rest is said of Hydra."""
+    return [override for override in overrides if not override.lstrip("+~").startswith(("hydra.", "hydra/"))]
+
+
+def _refuse_another_search(overrides: Sequence[str], resume: Path) -> None:
+    """A search has no list of jobs: its space must be the same."""
+    typed = typed_for(resume)
+    if typed is None:
+        raise InputError(f"{RESUME}{resume}: must be the folder of a sweep, with its multirun.yaml")
+    asked, there = set(_task_overrides(overrides)), set(typed[0])
+    if asked != there:
+        one = [[part] for part in sorted(asked - there)], [[part] for part in sorted(there - asked)]
+        raise InputError(differences(resume, *one))
