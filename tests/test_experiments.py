@@ -17,12 +17,14 @@ from main import run
 from models.checkpoint import save_model
 from models.llama import llama
 from tests.conftest import CONFIGS, SMALL, Compose
+from tests.mask2former_models import LEAST, SETTINGS
+from tests.segmenters import write_cityscapes
 
 NAMES = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "film", "who", "made", "it", "anna", "did"]
 UNTIMED = ("tiny_llama_wanda", "llama_wanda", "llama_sparsegpt", "llama_magnitude", "llama_benchmark",
            "tiny_llama_benchmark", "llama_width", "llama_depth", "llama_optin", "tiny_llama_width", "tiny_llama_depth",
-           "tiny_llama_optin")  # fmt: skip
+           "tiny_llama_optin", "tiny_llama_pare")  # fmt: skip
 FEW_BLOCKS = ("evals.latency.blocks=3", "evals.throughput.batch=2")
 FEW = ("data.calibration_batch_size=4", "data.batch_size=4", "model.training.epochs=1")
 TIMED = tuple(s for s in SMALL if s.startswith("evals."))
@@ -131,7 +133,23 @@ def cifar_recovered(folder: Path) -> tuple[str, ...]:
     return (*cifar(folder), *few)
 
 
+def streets(folder: Path) -> tuple[str, ...]:
+    """A Cityscapes of five images."""
+    write_cityscapes(folder, train=3, validation=2)
+    few = ("data.calibration_batches=1", "data.batch_size=2", "model.name=null", "model.image_size=[32,64]")
+    training = "model.training={_target_: utils.training.Training, epochs: 1}"
+    return (f"data.root={folder}", "data.workers=0", f"model.settings={in_braces(SETTINGS | LEAST)}", training, *few)
+
+
+def in_braces(values: object) -> str:
+    """Plain values as the command line takes them."""
+    if isinstance(values, dict):
+        return "{" + ", ".join(f"{name}: {in_braces(inner)}" for name, inner in values.items()) + "}"
+    return "[" + ", ".join(map(in_braces, values)) + "]" if isinstance(values, list) else str(values)
+
+
 TINY_RESNET = "model.settings={layers: [1, 1, 1, 1], channels: [8, 8, 8, 8], stem_width: 8}"
+TINY_SWIN = "model.settings={depths: [1, 2], embed_dim: 12, num_heads: [2, 3]}"
 REAL: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...]]] = {
     "deit_optin": (pictures, (TINY_VIT,)),
     "deit_optin_beta": (pictures, (TINY_VIT,)),
@@ -139,14 +157,19 @@ REAL: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...]]] = {
     "tiny_llama_wanda": (manual, ()),
     **{f"llama_{method}": (corpus, ()) for method in ("wanda", "sparsegpt", "magnitude", "depth", "optin")},
     "llama_width": (text_alone, ()),
-    **{f"tiny_llama_{method}": (manual, ()) for method in ("width", "depth", "optin")},
+    **{f"tiny_llama_{method}": (manual, ()) for method in ("width", "depth", "optin", "pare")},
     "llama_benchmark": (corpus, WRITING),
     "tiny_llama_benchmark": (manual, WRITING),
     "resnet_optin": (pictures, (TINY_RESNET, "prune.ratio=0.01")),
+    "swin_optin": (pictures, (TINY_SWIN, "model.image_size=56")),
+    "mask2former_optin": (streets, ()),
     "cifar_optin": (cifar, (TINY_VIT,)),
     "vit_cifar10": (cifar_recovered, (TINY_VIT,)),
     "vit_sensitivity": (pictures, (TINY_VIT, "prune.grid=[0.5]", "data.calibration_batches=1")),
     "bert_optin": (sentences, ()),
+    "bert_kwon": (sentences, ("data.calibration_batches=2",)),
+    "deit_kwon": (pictures, (TINY_VIT, "data.calibration_batches=2")),
+    "deit_pare": (pictures, (TINY_VIT, "data.calibration_batches=2", "data.calibration_batch_size=4")),
     "squad_optin": (questions, ()),
 }
 TOY_DATA = {

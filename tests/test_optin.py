@@ -54,7 +54,7 @@ def plain_losses(model: PrunableModel, data: DataBundle, settings: Settings) -> 
                 with gated(model, {group.name: gate}), captured(model.network, points) as moved:
                     given = model.logits(samples)
                 for name in compared_points(model, group.layer):
-                    x, y = (_rows(side[name], samples) for side in (dense, moved))
+                    x, y = (_rows(side[name], samples, model.feature_axis) for side in (dense, moved))
                     term = "md_final" if name in points[len(model.blocks()) :] else "md"
                     found[term][group.name][unit] += (x @ x.T - y @ y.T).square().sum() / len(data.calibration)
                 deviation = data.task.deviation(given, wanted, samples).sum()
@@ -62,8 +62,8 @@ def plain_losses(model: PrunableModel, data: DataBundle, settings: Settings) -> 
     return found
 
 
-def _rows(features: Tensor, samples: dict[str, Tensor]) -> Tensor:
-    rows = normalize(feature_rows(features)[0].float(), dim=-1)
+def _rows(features: Tensor, samples: dict[str, Tensor], axis: int) -> Tensor:
+    rows = normalize(feature_rows(features, axis=axis)[0].float(), dim=-1)
     mask = samples.get("attention_mask")
     return rows if mask is None or mask.numel() != len(rows) else rows[mask.flatten().bool()]
 

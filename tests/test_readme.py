@@ -36,7 +36,7 @@ def test_each_part_is_short() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("prune=activation", "prune.ratio=0.3", *SMALL, "evals=[accuracy,confidence]"),
+        ("prune=loudness", "prune.ratio=0.3", *SMALL, "evals=[accuracy,confidence]"),
         ("data=stripes", *SMALL, "evals=[accuracy]"),
         ("model=perceptron", "model.training.epochs=2", "evals=[accuracy,macs]"),
     ],
