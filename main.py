@@ -48,6 +48,7 @@ def run(
     from prune.rounds import in_rounds
     from utils.environment import versions
     from utils.joining import joined
+    from utils.seed import deterministic
     from utils.storage import Store
 
     out = dated_folder() if out is None else Path(out)
@@ -55,7 +56,7 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(redacted(OmegaConf.to_yaml(cfg, resolve=True)), encoding="utf-8")
     record, store = Record.begin(cfg, versions(), command), Store(Path(cfg.storage))
-    with record.kept_in(out), joined(cfg.device):
+    with record.kept_in(out), joined(cfg.device), deterministic(cfg.get("deterministic", False)) as record.undetermined:
         with record.phase("load"):
             parts = recipe.loaded(cfg, record, store)
         with record.phase("train"):

@@ -128,7 +128,7 @@ def _dtype(name: Any = None, *flags: Any) -> np.dtype:
     text = name.decode("latin1") if isinstance(name, bytes) else name
     if not isinstance(text, str) or not NUMBER.fullmatch(text):
         raise InputError("has an array of another type; must hold plain numbers")
-    return np.dtype(text)
+    return np.dtype(text, False, True)  # a copy: a pickle sets the state of what it made
 
 
 ARRAY = "numpy.ndarray"  # stands for the class, which could itself be called with any size

@@ -8,7 +8,7 @@ from typing import IO
 
 from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 BOMB = "DecompressionBombError"
 
 
@@ -24,11 +24,10 @@ def open_image(source: str | Path | IO[bytes]) -> Image.Image:
         DecompressionBombError: If it has more pixels than PIL takes without a warning.
         OSError: If it is none of the known formats, or damaged.
     """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # type: ignore[assignment]
     try:
         image = Image.open(source, formats=FORMATS)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Image.DecompressionBombError(f"{error}; must have at most {most_pixels():,} pixels") from error
     if image.width * image.height > most_pixels():
         raise Image.DecompressionBombError(
             f"has {image.width}x{image.height} pixels; must have at most {most_pixels():,}"

@@ -36,6 +36,7 @@ from utils.launched import speaks
 from utils.machine import describe_machine, load_watched
 from utils.memory import Shortage, described, shortages
 from utils.secrets import covered, redacted
+from utils.seed import determinism
 from utils.storage import key_hash
 
 # what a run did not do wrong
@@ -76,6 +77,7 @@ class Record:
     pictures: list[str] = field(default_factory=list)
     sections: list[str] = field(default_factory=list)
     unrecovered: Measurements = field(default_factory=dict)
+    undetermined: list[str] = field(default_factory=list)
     shortages: list[Shortage] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
@@ -189,6 +191,9 @@ class Record:
             "versions": self.versions,
             "device": self.device,
             "environment": self.environment,
+            "determinism": determinism(
+                bool(self.config.get("deterministic")), str(self.device.get("type", "")), self.undetermined
+            ),
             "config_hash": config_hash(self.config),
             "model": self.model_name,
             "data": {"name": self.data_name, "fingerprints": self.data_parts},

@@ -120,8 +120,11 @@ def load_model(folder: str | Path) -> PrunableModel:
         raise InputError(f"{folder}: builder and arguments of {MANIFEST} are damaged: {why}")
     refuse_absurd_sizes(arguments, f"{folder}: arguments of {MANIFEST}")
     build = getattr(importlib.import_module(module), function)
-    with bounded_building(f"{folder}"):
-        return build(**arguments, checkpoint=str(folder))
+    try:
+        with bounded_building(f"{folder}"):
+            return build(**arguments, checkpoint=str(folder))
+    except TypeError as error:
+        raise InputError(f"{folder}: arguments of {MANIFEST} are damaged: {error}") from error
 
 
 def tensors_of(model: PrunableModel) -> dict[str, Tensor]:

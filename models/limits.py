@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.errors import InputError
 
-MOST_TENSORS = 100_000
+MOST_TENSORS = 50_000
 LARGEST_NUMBER = 100_000_000
 MOST_TURNOVER = 4  # some tensors only live while a model is built
 FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "randint", "arange", "linspace", "eye", "tril_indices"}
@@ -38,7 +38,7 @@ def bounded_building(what: str, most_bytes: int | None = None) -> Iterator[None]
         most_bytes: Of all tensors together; None: this machine's memory.
 
     Raises:
-        InputError: If that is exceeded, or more than 100,000 tensors are made.
+        InputError: If that is exceeded, or more than 50,000 tensors are made.
     """
     try:
         with _Counting(what, machine_memory() if most_bytes is None else most_bytes):

@@ -68,6 +68,10 @@ def network_of(name: str, classes: int | None, settings: Mapping[str, Any], imag
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise InputError(f"model.name={name}: timm has no such model; did you mean {' or '.join(near) or 'another'}?")
     sizes = {"num_classes": classes, "img_size": image_size}
+    for key, size in sizes.items():
+        if size is not None and key in settings:
+            own = {"num_classes": "model.classes", "img_size": "model.image_size"}[key]
+            raise InputError(f"model.settings.{key}={settings[key]}: must be left out; {own}={size} says it")
     try:
         return timm.create_model(name, **{k: v for k, v in sizes.items() if v is not None}, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError, IndexError, KeyError) as error:

@@ -16,7 +16,6 @@ from utils.hooks import Hook, hooked
 from utils.memory import restarted
 from utils.progress import progress_bar
 
-
 T = TypeVar("T")
 
 

@@ -50,6 +50,15 @@ def applied(method: Method, model: PrunableModel, plan: Plan, data: DataBundle, 
     return done
 
 
+@runtime_checkable
+class Refusing(Protocol):
+    """A method that can't do what it is set to do to every model, which costs alone do not tell."""
+
+    def refuse(self, model: PrunableModel) -> None:
+        """Raise an InputError if this is such a model."""
+        ...
+
+
 def refuse_unreachable(method: Method, model: PrunableModel, costs: CostModel) -> None:
     """Refuse, before any work, what a method can't do to a model.
 
@@ -60,5 +69,7 @@ def refuse_unreachable(method: Method, model: PrunableModel, costs: CostModel) -
         InputError: If there is such a thing.
     """
     method.check(costs)
+    if isinstance(method, Refusing):
+        method.refuse(model)
     if not method.ranks:
         method.plan(model, Scores({}), costs)

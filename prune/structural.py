@@ -20,7 +20,7 @@ from prune.optin.search import two_kinds
 from prune.piecewise import two_kinds_in_time
 from prune.repair.gradients import GateGradients, kept_gradients
 from prune.repair.rearrange import rearranged_plan
-from prune.repair.repairs import Repair, Repairs, repaired
+from prune.repair.repairs import Repair, Repairs, refuse_unrepairable, repaired
 from prune.rewriting import Applied
 from prune.rounds import Schedule
 from prune.search import select_units
@@ -90,6 +90,11 @@ class Structural(ABC):
         check_fields(self)
         if self.kinds is not None and not self.kinds:
             raise InputError("prune.kinds=[]: must name at least one kind of unit, or be null for all")
+        if self.allocation is not None and self.budget == "latency":
+            raise InputError(
+                f"prune.allocation={self.allocation}: must be null under prune.budget=latency, whose search goes by "
+                "measured times; budget=macs, params and width take it"
+            )
         self._repairs()  # refuses what can't be done in that order
 
     @abstractmethod
@@ -106,8 +111,17 @@ class Structural(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.search_fields}
 
     def check(self, costs: CostModel) -> None:
-        """Refuse a ratio that the floors make unreachable, before anything is ranked."""
+        """Refuse a ratio that the floors make unreachable, an unfit allocation or search, before anything is ranked."""
         refuse_unreachable(costs, self._budget)
+        if self.allocation not in (None, "sensitivity"):
+            curves_of_units(self.allocation, costs)
+        if self.search == "optin" and self.allocation is None and self.budget != "latency":
+            two_kinds({name: torch.zeros(count) for name, count in costs.counts.items()}, costs, self._budget)
+
+    def refuse(self, model: PrunableModel) -> None:
+        """Refuse a model that can't be repaired as asked, before anything is ranked."""
+        if self.repair:
+            refuse_unrepairable(self._repairs(), model)
 
     def combine(self, model: PrunableModel, scores: Scores) -> Mapping[str, Tensor]:
         """Join a method's raw terms into one score per unit."""

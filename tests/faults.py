@@ -84,9 +84,7 @@ class Runner:
 
     def close(self) -> None:
         """End it."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait(30)
+        self.process.communicate(timeout=30)
 
 
 @contextmanager
@@ -126,26 +124,25 @@ def _import_everything() -> None:
 def _forked(number: int, asked: dict[str, Any]) -> int:
     if pid := os.fork():
         return pid
-    code = 1
+    code, folder = 1, Path(asked["folder"])
+    events = _Events(Fault(**asked["fault"]) if asked["fault"] else None, folder / f".events{number}")
     try:
-        folder = Path(asked["folder"])
         for name, stream in (("out", 1), ("err", 2)):
             os.dup2(os.open(folder / f".{name}{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         os.chdir(folder)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        events = _Events(Fault(**asked["fault"]) if asked["fault"] else None, folder / f".events{number}")
         events.install()
         if asked["whole"]:
             sys.argv = ["main.py", *asked["arguments"]]
             runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
         else:
             _only_run(asked["arguments"], folder / f"out{number}")
-        events.write()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
+    events.write()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -158,7 +155,10 @@ def _only_run(arguments: list[str], out: Path) -> None:
 
     from main import run
 
-    Figure.savefig = lambda self, content, **how: content.write(b"a picture")
+    def undrawn(self: Figure, fname: Any, **how: Any) -> None:
+        fname.write(b"a picture")
+
+    Figure.savefig = undrawn
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("config", arguments)
     run(cfg, out)
@@ -187,7 +187,9 @@ class _Events:
 
         atexit.register(self.write)
         for name in ("fsync", "replace", "link", "unlink"):
-            setattr(os, name, self._watched(getattr(os, name)))
+            # what is written can be taken away again on a full disk, too
+            if name != "unlink" or self.fault is None or self.fault.what in SIGNALS:
+                setattr(os, name, self._watched(getattr(os, name)))
         os.fdopen = self._halving(os.fdopen)
         register_module_forward_pre_hook(lambda module, args: self.happened("call", ""))
 
@@ -225,6 +227,12 @@ class _Events:
             file = real(descriptor, *args, **kwargs)
             path, write = _named(descriptor), file.write
 
+            def in_halves(content: Any) -> int:
+                write(content[: len(content) // 2])
+                file.flush()
+                self.happened("file", path)
+                return write(content[len(content) // 2 :])
+
             class Halving:
                 def __enter__(self) -> Any:
                     return self
@@ -235,11 +243,7 @@ class _Events:
                 def __getattr__(self, name: str) -> Any:
                     return getattr(file, name)
 
-                def write(inner, content: Any) -> int:  # noqa: N805
-                    write(content[: len(content) // 2])
-                    file.flush()
-                    self.happened("file", path)
-                    return write(content[len(content) // 2 :])
+                write = staticmethod(in_halves)
 
             return Halving() if not args or "w" in args[0] else file
 

@@ -95,7 +95,7 @@ CASES = [
     (("prune=taylor", "prune.variant=third"), ["prune.variant=third: must be one of batch, signed, abs"]),
     (
         ("prune=nope",),
-        ["prune=nope: prune has no option 'nope'; ", "there is: ", "optin, optin_tau, random"],
+        ["prune=nope: prune has no option 'nope'; ", "there is: ", "optin, optin_tau, pare, random"],
     ),
     (("prune=fischer",), ["did you mean 'fisher'?"]),
     (
@@ -111,7 +111,7 @@ CASES = [
     (("evals.latency.batch=0",), ["evals.latency.batch=0: must be at least 1"]),
     (("prune=none", "prune.ratio=0.3"), ["prune.ratio=0.3: prune=none takes no 'ratio' and no other key"]),
     (("experiment=tokens_speed",), ["an experiment is added with a plus: +experiment=tokens_speed"]),
-    (("+experiment=nope",), ["experiment has no option 'nope'; there is: bert_optin"]),
+    (("+experiment=nope",), ["experiment has no option 'nope'; there is: bert_kwon, bert_optin"]),
     (("model.width=48.5",), ["model.width=48.5: must be a whole number"]),
     (("model.training.epochs=0",), ["model.training.epochs=0: must be at least 1"]),
     (("model.training.lr=1",), ["model.training has no key 'lr'"]),

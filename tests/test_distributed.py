@@ -49,16 +49,19 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name not in OWN])
 def test_three_processes_find_what_one_finds(found: list[dict[str, Any]], name: str) -> None:
     assert max(of[name] for of in found) <= ROUNDED.get(name, 0.0)
 
 
+@pytest.mark.slow
 def test_gradients_are_really_divided(found: list[dict[str, Any]]) -> None:
     """Sums in another order differ in their last bits; equal ones would mean that each process did all."""
     assert any(found[0][name] > 0 for name in ROUNDED)
 
 
+@pytest.mark.slow
 def test_the_first_process_computes_alone_what_a_clock_tells(found: list[dict[str, Any]]) -> None:
     for of in found:
         assert of["timed"] == {"measured": True}
@@ -66,6 +69,7 @@ def test_the_first_process_computes_alone_what_a_clock_tells(found: list[dict[st
         assert of["described"] == {"world_size": 3, "backend": "gloo"}
 
 
+@pytest.mark.slow
 def test_all_processes_end_with_the_error_of_one(found: list[dict[str, Any]]) -> None:
     refused = "InputError: data.root=/nowhere: must be a folder"
     ends = [of["ends"] for of in found]
@@ -110,6 +114,7 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
     started = torchrun(2, str(ROOT / "main.py"), "model.training.epochs=400", cwd=tmp_path, start_new_session=True)
     try:

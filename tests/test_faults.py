@@ -22,7 +22,7 @@ TINY = [s for s in SMALL if not s.startswith("evals.")]
 # ranking, recovery and saving, in a run of a second
 RUN = [*TINY, "prune=optin", "prune.engine=exact", "recover=finetune", "recover.epochs=3", "save=true",
        "evals=[accuracy,loss]", "storage=storage"]  # fmt: skip
-SWEEP = [*TINY, "-m", "prune=fisher,taylor", "prune.ratio=0.3", "evals=[accuracy,loss]", "storage=storage",
+SWEEP = ["-m", *TINY, "prune=fisher,taylor", "prune.ratio=0.3", "evals=[accuracy,loss]", "storage=storage",
          "hydra.sweep.dir=sweep"]  # fmt: skip
 Found = dict[str, object]
 
@@ -74,13 +74,11 @@ def moments(events: int, count: int, seed: int) -> list[int]:
     return [1 + int(number * step + draws.random() * step) for number in range(count)]
 
 
-def killed_and_resumed(
-    runs: Runner, folder: Path, wanted: Found, fault: Fault, command: list[str], **how: bool
-) -> None:
-    (done,) = runs.run(folder, command, fault, **how)
+def killed_and_resumed(runs: Runner, folder: Path, wanted: Found, fault: Fault) -> None:
+    (done,) = runs.run(folder, RUN, fault)
     assert done.code in (-9, 0), done.err  # a run may have fewer events than the one that counted them
     whole(folder)
-    (again,) = runs.run(folder, command, **how)
+    (again,) = runs.run(folder, RUN)
     assert again.code == 0, (fault, again.err)
     whole(folder)
     settled(folder)
@@ -103,7 +101,7 @@ def test_a_killed_run_ends_the_same(runs: Runner, undisturbed: tuple[Found, dict
     kinds: list[Kind] = ["file", "call"]
     for kind in kinds:
         for at in moments(events[kind], 2, seed=time.time_ns() % 1000):
-            killed_and_resumed(runs, tmp_path / f"{kind}{at}", wanted, Fault("kill", at, kind), RUN)
+            killed_and_resumed(runs, tmp_path / f"{kind}{at}", wanted, Fault("kill", at, kind))
 
 
 @pytest.mark.slow
@@ -113,7 +111,7 @@ def test_a_run_killed_anywhere_ends_the_same(
 ) -> None:
     wanted, events = undisturbed
     for at in moments(events[kind], 22, seed=1):
-        killed_and_resumed(runs, tmp_path / str(at), wanted, Fault("kill", at, kind), RUN)
+        killed_and_resumed(runs, tmp_path / str(at), wanted, Fault("kill", at, kind))
 
 
 @pytest.mark.slow
@@ -140,18 +138,21 @@ def test_a_run_killed_twice_while_it_recovers(
     for epoch in (1, 2):
         (done,) = runs.run(tmp_path, RUN, Fault("kill", 4 * epoch, inside="recovered-finetune"))
         assert done.code == -9
-    killed_and_resumed(runs, tmp_path, wanted, Fault("kill", 9, inside="model"), RUN)
+    killed_and_resumed(runs, tmp_path, wanted, Fault("kill", 9, inside="model"))
 
 
-@pytest.mark.parametrize(("what", "code"), [("interrupt", 130), ("terminate", 143)])
-@pytest.mark.parametrize(
-    ("where", "inside"), [("ranking", "optin-"), ("recovery", "recovered-"), ("evaluation", "predictions-")]
-)
+STOPS = [
+    pytest.param("interrupt", 130, "ranking", "optin-"),
+    pytest.param("interrupt", 130, "recovery", "recovered-", marks=pytest.mark.slow),
+    pytest.param("interrupt", 130, "evaluation", "predictions-"),
+    pytest.param("terminate", 143, "recovery", "recovered-"),
+]
+
+
+@pytest.mark.parametrize(("what", "code", "where", "inside"), STOPS)
 def test_a_stopped_run_keeps_what_it_has(
     runs: Runner, tmp_path: Path, what: str, code: int, where: str, inside: str
 ) -> None:
-    if what == "terminate" and where != "ranking":
-        pytest.skip("the same way out")
     command = [*RUN, "hydra.run.dir=out0"]
     (done,) = runs.run(tmp_path, command, Fault(what, 3, inside=inside), whole=True)
     assert done.code == code, done.err
@@ -164,11 +165,17 @@ def test_a_stopped_run_keeps_what_it_has(
     assert not list(tmp_path.rglob("*.lock"))
 
 
-@pytest.mark.parametrize("name", ["ENOSPC", "EACCES", "EROFS", "EDQUOT"])
-@pytest.mark.parametrize("inside", ["checkpoint-", "optin-", "plan.json", "result.json"])
+REFUSED = [("ENOSPC", "checkpoint-"), ("EACCES", "optin-")]
+REFUSED_ELSEWHERE = [
+    ("ENOSPC", "optin-"), ("ENOSPC", "plan.json"), ("ENOSPC", "result.json"), ("EACCES", "result.json"),
+    ("EROFS", "optin-"), ("EDQUOT", "recovered-"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"), [*REFUSED, *(pytest.param(*case, marks=pytest.mark.slow) for case in REFUSED_ELSEWHERE)]
+)
 def test_a_place_that_refuses_is_named(runs: Runner, tmp_path: Path, name: str, inside: str) -> None:
-    if name not in ("ENOSPC", "EACCES") and inside != "optin-":
-        pytest.skip("the same way out")
     (done,) = runs.run(tmp_path, [*RUN, "hydra.run.dir=out0"], Fault(name, 1, lasting=True, inside=inside), whole=True)
     assert done.code in (1, 2), done.err
     assert inside in done.err or "storage: cannot write" in done.err

@@ -160,7 +160,7 @@ def test_c4_windows_lie_in_single_documents(layout: str, model: Llama, tmp_path:
     else:
         name = "c4-train.00000-of-01024.json.gz" if layout == "json.gz" else "train.jsonl"
         content = lines.encode()
-        (tmp_path / name).write_bytes(gzip.compress(content) if layout == "json.gz" else content)
+        (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) if layout == "json.gz" else content)
     data = c4(root=str(tmp_path), **{**SMALL, "calibration_length": 20}).prepare(model)
     tokenizer = model.preprocessing.tokenizer
     texts = [tokenizer.decode(row) for batch in data.calibration for row in batch["input_ids"]]
@@ -251,10 +251,10 @@ def test_what_is_not_there_is_named(model: Llama, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no gzip", "damaged or no gzip"),
-        (gzip.compress(b'{"text": "a"}\n{'), "line 2 must be one JSON object"),
-        (gzip.compress(b'{"text": "a"}\n{"body": "b"}'), "row 2 must have a text 'text'"),
-        (gzip.compress(b'{"text": "a"}'), "must hold at least 10 documents; it has 1"),
+        (b"no gzip", "damaged or no file"),
+        (gzip.compress(b'{"text": "a"}\n{', mtime=0), "line 2 must be one JSON object"),
+        (gzip.compress(b'{"text": "a"}\n{"body": "b"}', mtime=0), "row 2 must have a text 'text'"),
+        (gzip.compress(b'{"text": "a"}', mtime=0), "must hold at least 10 documents; it has 1"),
     ],
 )
 def test_damaged_files_are_named(content: bytes, message: str, model: Llama, tmp_path: Path) -> None:

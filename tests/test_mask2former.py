@@ -245,7 +245,7 @@ def test_images_are_prepared_as_the_folder_says(tmp_path: Path) -> None:
     assert mask2former(checkpoint=str(saved)).preprocessing.input_size == (3, 64, 96)
     assert mask2former(checkpoint=str(saved), image_size=32).preprocessing.input_size == (3, 32, 32)
     (folder / "preprocessor_config.json").write_text("{")
-    with pytest.raises(InputError, match="preprocessor_config.json beside the weights of .* is damaged"):
+    with pytest.raises(InputError, match="preprocessor_config.json is damaged"):
         mask2former(checkpoint=str(folder))
 
 

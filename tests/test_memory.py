@@ -239,7 +239,7 @@ def test_one_sample_that_does_not_fit_is_the_end(make: Callable[[], Exception]) 
         raise make()
 
     with pytest.raises(type(make())):
-        [*Portions("w").each(4, do)]
+        list(Portions("w").each(4, do))
     with pytest.raises(type(make())):
         restarted("w", 4, do)
 
@@ -271,7 +271,7 @@ def test_the_record_says_so(small_config: Compose, tmp_path: Path, monkeypatch: 
     whole = run(cfg, tmp_path / "whole")
     logits = ToyEncoder.logits
 
-    def tight(self: PrunableModel, batch: dict[str, Tensor]) -> Tensor:
+    def tight(self: ToyEncoder, batch: dict[str, Tensor]) -> Tensor:
         if len(batch["inputs"]) > 20 and not self.network.training:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
         return logits(self, batch)

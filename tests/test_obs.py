@@ -9,6 +9,7 @@ from prune.obs.removal import removal_costs
 from prune.rankers.obs import ATTENTION, Obs, columns_of
 from prune.repair.rows import readers
 from tests.adapters import ADAPTERS, bundle_of
+from utils.errors import RunError
 from utils.hooks import is_hooked
 
 
@@ -91,7 +92,7 @@ def test_moments_are_those_of_a_loop(name: str) -> None:
     model, samples = ADAPTERS[name]()
     data = bundle_of(samples, batches=1)
     found = curvatures(model, data, seed=0)
-    mask = samples.get("attention_mask")
+    mask, count = samples.get("attention_mask"), len(next(iter(samples.values())))
     for consumer, reader in readers(model, "test").items():
         read: list[Tensor] = []
         handle = reader.module.register_forward_pre_hook(lambda m, args, read=read: read.append(args[0].detach()))
@@ -99,7 +100,7 @@ def test_moments_are_those_of_a_loop(name: str) -> None:
             model.logits(samples)
         handle.remove()
         total, rows = torch.zeros_like(found[consumer].inputs), 0
-        flat = read[0].reshape(len(samples["inputs"] if "inputs" in samples else mask), -1, read[0].shape[-1])
+        flat = read[0].reshape(count, -1, read[0].shape[-1])
         for sample, tokens in enumerate(flat):
             for position, token in enumerate(tokens):
                 if mask is None or mask[sample, position]:
@@ -171,3 +172,34 @@ def test_heads_are_scored_by_all_their_columns() -> None:
     reader = readers(model, "test")[group.consumer.module]
     assert torch.equal(columns_of(reader, group).sort(dim=1).values, group.consumer.index.sort(dim=1).values)
     assert ATTENTION > 1
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_fewer_rows_than_columns_leave_the_order_of_double_precision(damping: float) -> None:
+    x, matrix, g = layer(rows=20, columns=64, outputs=8)
+    inputs, outputs = moments(x, g)
+    single = removal_costs(inputs, outputs, matrix, torch.arange(64)[:, None], damping)
+    # a second column that is nothing makes units wide, and wide ones are computed in float64
+    wide, columns = torch.cat([matrix, torch.zeros_like(matrix)]), torch.arange(128).view(2, 64).T
+    double = removal_costs(widened(inputs), outputs, wide, columns, 2 * damping)  # the mean of its diagonal is half
+    assert torch.isfinite(single).all() and (single >= 0).all()
+    both = torch.stack([single, double]).argsort(dim=1).argsort(dim=1).double()
+    assert torch.corrcoef(both)[0, 1] > 0.95, (single, double)
+
+
+def widened(inputs: Tensor) -> Tensor:
+    """Second moments with as many columns again that are never anything."""
+    k = len(inputs) - 1
+    wide = torch.zeros(2 * k + 1, 2 * k + 1, dtype=inputs.dtype)
+    places = torch.tensor([*range(k), 2 * k])
+    wide[places[:, None], places] = inputs
+    return wide
+
+
+def test_weights_that_are_nan_are_refused_by_name() -> None:
+    model, samples = ADAPTERS["toy_images"]()
+    consumer = model.unit_groups()[0].consumer.module
+    with torch.no_grad():
+        model.network.get_parameter(f"{consumer}.weight")[0, 0] = torch.nan
+    with pytest.raises(RunError, match=r"scores of .* \(obs\): \d+ of \d+ are NaN or infinite"):
+        Obs().rank(model, bundle_of(samples))

@@ -300,7 +300,7 @@ def test_a_module_answers_by_one_function_at_a_time() -> None:
 
 @pytest.mark.parametrize("adapter", ["deit", "bert_question_answering"])
 def test_divergences_are_probed_where_there_are_many_outputs(adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prune.optin.sketch.MOST_OUTPUTS", 0)
+    monkeypatch.setattr("prune.optin.graph.MOST_OUTPUTS", 0)
     model, samples = ADAPTERS[adapter]()
     data = bundle_of(samples, 1)
     exact, sketch = exact_losses(model, data, Settings()), sketched_losses(model, data, Settings(), probes=2048)

@@ -12,12 +12,14 @@ from models.cost import cost_model
 from models.token_cost import token_costs
 from prune.base import Scores
 from prune.gates import undisturbed
+from prune.rankers.kwon import Kwon
 from prune.rankers.obs import Obs
 from prune.rankers.pare import Pare, careful
 from prune.ranking import ranked
-from prune.rewriting import applied
+from prune.rewriting import applied, refuse_unreachable
 from prune.split.curves import promised, splits
 from prune.split.trials import Parts, divergence
+from prune.structural import TEACHER
 from tests.adapters import ADAPTERS, bundle_of
 from tests.conftest import Compose
 from utils.errors import InputError
@@ -164,3 +166,75 @@ def test_the_job_runs_and_loses_less_than_a_random_cut(small_config: Compose, tm
         found[method] = record.pruned["loss"].value
         assert record.pruned["macs"].value <= 0.5 * record.dense["macs"].value  # type: ignore[operator]
     assert found["pare"] < found["random"]
+
+
+def test_curves_are_those_of_the_search_that_they_are_used_for(tmp_path: Path) -> None:
+    model, data = small()
+    plain = ranked(Pare(ratio=0.3), model, data, Store(tmp_path))
+    for other in (Pare(ratio=0.3, round_to=4), Pare(ratio=0.3, min_keep=2), Pare(ratio=0.3, repair=())):
+        assert ranked(other, model, data, Store(tmp_path)).fingerprint != plain.fingerprint
+    assert ranked(Pare(ratio=0.3, rearrange=True), model, data, Store(tmp_path)).hit, "no curve depends on it"
+    units = ranked(Pare(tokens=False), model, data, Store(tmp_path))
+    assert ranked(Pare(tokens=False, round_to=4), model, data, Store(tmp_path)).fingerprint == units.fingerprint
+
+
+def test_gates_are_tuned_to_the_model_halfway_also_where_tokens_merge() -> None:
+    model, data = small()
+    costs, scores = cost_model(model, data.example), Obs().rank(model, data)
+    curve = [[0.1, 0.01, 2], [0.7, 1.0, 2]]
+    found = Scores(scores.terms, {"units": curve, "tokens": curve})
+    plan = Pare(ratio=0.3, repair=("refit", "gates")).plan(model, found, costs)
+    assert plan.tokens is not None and not plan.keeps_all_units
+    share = plan.details["ratio_of_units"]
+    alone = Obs(ratio=share, repair=("gates",)).plan(model, scores, costs)
+    assert plan.details[TEACHER] == alone.details[TEACHER]
+    assert plan.details[TEACHER] != {name: units.tolist() for name, units in plan.kept.items()}
+
+
+def test_a_plan_that_keeps_all_units_has_no_teacher_left_in_it(tmp_path: Path) -> None:
+    model, data = small()
+    costs, scores = cost_model(model, data.example), Obs().rank(model, data)
+    method = Pare(ratio=0.0, repair=("refit", "gates"))
+    done = applied(method, model, method.plan(model, scores, costs), data, Store(tmp_path))
+    assert done.plan.keeps_all_units and TEACHER not in done.plan.details
+
+
+def test_a_model_that_merges_already_is_refused_before_anything_is_ranked() -> None:
+    model, data = small()
+    merging = model.copy()
+    whole = cost_model(model, data.example)
+    merging.reduce_tokens(careful(0.1, True).reduction(token_costs(model, data.example), whole.total("macs")))
+    costs = cost_model(merging, data.example)
+    for method in (Pare(ratio=0.2), Obs(ratio=0.2, repair=("bias",))):
+        refuse_unreachable(method, model, whole)
+        with pytest.raises(InputError, match="prune.repair=.*are merged or dropped on their way"):
+            refuse_unreachable(method, merging, costs)
+    refuse_unreachable(Obs(ratio=0.2), merging, costs)
+
+
+def test_an_allocation_that_does_not_fit_is_refused_also_where_tokens_would_do(tmp_path: Path) -> None:
+    model, data = small()
+    (tmp_path / "none.json").write_text("no allocation")
+    (tmp_path / "other.json").write_text('{"format": 1, "parts": {"x": {"count": 4, "removed": 0.5}}}')
+    for name, words in (("none", "is no allocation file"), ("other", "has no curve for")):
+        method = Pare(ratio=0.2, allocation=str(tmp_path / f"{name}.json"))
+        with pytest.raises(InputError, match=f"prune.allocation=.*{name}.json: {words}"):
+            method.check(cost_model(model, data.example))
+    with pytest.raises(InputError, match="prune.allocation=sensitivity: must be null under prune.budget=latency"):
+        Pare(budget="latency", allocation="sensitivity")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"budget": "width"}, "takes prune.budget=macs or params.*; here they are width and 1"),
+        ({"round_to": 4}, "here they are macs and 4"),
+    ],
+)
+def test_what_the_two_kind_search_cannot_do_is_refused_before_anything_is_ranked(settings: dict, words: str) -> None:
+    model, data = small()
+    costs = cost_model(model, data.example)
+    Kwon(ratio=0.2).check(costs)
+    with pytest.raises(InputError, match=f"prune.search=optin: .*{words}"):
+        Kwon(ratio=0.2, **settings).check(costs)
+    Kwon(ratio=0.2, search="greedy", **settings).check(costs)

@@ -211,6 +211,11 @@ def test_what_cannot_be_cut_is_named(name: str, settings: dict, why: str) -> Non
         timm_model(name=name, settings=settings)
 
 
+def test_a_size_is_said_once() -> None:
+    with pytest.raises(InputError, match="model.settings.num_classes=5: must be left out; model.classes=10 says it"):
+        timm_model(name="convnext_atto", classes=10, settings={"num_classes": 5})
+
+
 EXAMPLE = re.compile(r"```python\n# a row\n(.*?)```", re.DOTALL)
 
 

@@ -57,7 +57,7 @@ def test_a_tilted_schedule_gives_out_all_along_a_line(inflection: float) -> None
         before = found
     wanted = [199 / 12 * (1 + inflection * (2 * block / 11 - 1)) for block in range(12)]
     assert all(abs(r - share) < 1 for r, share in zip(before, wanted, strict=True))
-    assert tilted(7, 0.0, 4) == even(7, 4) and tilted(5, -1.0, 1) == (5,)
+    assert tilted(7, 0.0, 4) == even(7, 4) and tilted(5, -1.0, 1) == tilted(5, 1.0, 1) == (5,)
 
 
 @pytest.mark.parametrize("inflection", [-1.0, -0.5, 0.5])

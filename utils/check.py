@@ -52,7 +52,10 @@ def find_problems(cfg: DictConfig) -> list[str]:
 def _sources(cfg: DictConfig, key: str) -> set[str]:
     """The keys that `key` takes its value from by reference."""
     parent, _, leaf = key.rpartition(".")
-    node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else cfg
+    try:
+        node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else cfg
+    except (OmegaConfBaseException, ValueError, RecursionError):  # a key that can't be written as one
+        return set()
     if not OmegaConf.is_dict(node) or leaf not in node:
         return set()
     raw = OmegaConf.to_container(node, resolve=False)[leaf]  # type: ignore[index, call-overload]
@@ -109,10 +112,17 @@ def _root_problems(plain: Mapping[str, Any]) -> Iterator[Problem]:
 def _secret_problems(cfg: DictConfig, plain: Mapping[str, Any]) -> Iterator[Problem]:
     """Tokens, passwords and the like, as they are written and as they resolve; the text does not repeat them."""
     written = OmegaConf.to_container(cfg, resolve=False)
-    for path, value in dict([*_leaves(plain, ""), *_leaves(written, "")]).items():
+    leaves = [*_leaves(plain, ""), *_leaves(written, "")]
+    # nearly always there is none, which one look at all of them tells
+    clean = why_secret("\n".join(f"{path}\n{value}" for path, value in leaves)) is None
+    said: set[str] = set()
+    for path, value in leaves:
+        if path in said or (clean and not why_secret_key(path, value)):
+            continue
         held = path == redacted(path)
         why = why_secret_key(path, value) or (why_secret(value) if isinstance(value, str) else None)
         if why := why if held else "holds a token or key in its name":
+            said.add(path)
             yield Problem(path, f"{path}={COVER}: {why}")
 
 

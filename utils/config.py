@@ -20,6 +20,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    deterministic: bool = False
     storage: str = "storage"
     save: bool = False
     summary: bool = False
@@ -36,6 +37,7 @@ ROOT_RULES: dict[str, Any] = {
     "seed": Seed,
     "device": Literal["auto", "cpu", "cuda"],
     "dtype": Literal["auto", "float32", "bfloat16"],
+    "deterministic": bool,
     "storage": WritableFolder,
     "save": bool,
     "summary": bool,

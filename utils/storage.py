@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from utils.locks import Lock
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 2.0
+LONGEST_NAME = 160  # bytes; file systems take 255
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,8 @@ class Store:
         return Fetched(found or compute(Scratch(path.with_suffix(".partial"), joint=False)), path, hit)
 
     def _path(self, folder: str, name: str, key: Mapping[str, Any]) -> Path:
+        if Path(folder).is_absolute() or ".." in Path(folder).parts or Path(name).name != name:
+            raise InputError(f"storage: {folder}/{name}: must be a place below {self.root}")
         return self.root / folder / f"{name}-{key_hash(key)[:16]}.safetensors"
 
     def _fetched(self, folder: str, name: str, key: Mapping[str, Any], compute: Compute) -> Fetched:
@@ -174,6 +177,7 @@ class Store:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         if (found := self._read(path, key)) is not None:
+            _tidy(path)
             return Fetched(found, path, hit=True)
         with _locked(path) as lock:
             if (found := self._read(path, key)) is not None:  # another process was faster
@@ -234,6 +238,8 @@ def key_hash(key: Mapping[str, Any]) -> str:
 def folder_name(name: str) -> str:
     """One path component for a hub name, a path or a plain name."""
     kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-")
+    if len(kept.encode()) > LONGEST_NAME:
+        kept = f"{kept[: LONGEST_NAME // 4]}-{_sha256(name.encode(errors='surrogatepass'))[:16]}"
     return kept or "unnamed"
 
 
@@ -259,6 +265,15 @@ def _writing(path: Path) -> Iterator[None]:
             raise RunError(f"storage: cannot write {path} ({error.strerror}); {rule}") from error
         rule = "must be a writable folder; choose one with storage="
         raise InputError(f"storage: cannot write {path.parent} ({error.strerror}); {rule}") from error
+
+
+def _tidy(path: Path) -> None:
+    """Remove what a process left that was killed when its artifact was whole; a storage may also be read only."""
+    scratch, lock = path.with_suffix(".partial"), Lock(path.with_suffix(".lock"))
+    with suppress(OSError):
+        if lock.path.exists() and lock.acquire(timeout=0):
+            lock.release()
+        scratch.unlink(missing_ok=True)
 
 
 @contextmanager

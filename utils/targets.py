@@ -10,7 +10,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.signature import FUNCTIONS, Module, definition_of, find_module, methods_of, returned
+from utils.signature import (
+    FUNCTIONS,
+    Module,
+    TargetError,
+    definition_of,
+    find_module,
+    methods_of,
+    read_signature,
+    returned,
+)
 
 PROJECT = Path(__file__).parent.parent
 OWN = ("models", "data", "prune", "evals", "utils", "main", "benchmarks")
@@ -52,6 +61,8 @@ def why_refused(target: object, path: str) -> str | None:
     """
     if not isinstance(target, str):
         return "must be text, the dotted name of a class or function"
+    if not all(part.isidentifier() for part in target.split(".")):
+        return None  # no dotted name: reading its signature says so
     group = _group_of(path)
     if target.split(".")[0] in sys.stdlib_module_names:
         return f"must be {_wanted(group)}; Python's own functions are none"
@@ -95,36 +106,43 @@ def _why_not_own(target: str, group: str | None) -> str | None:
         return None if known else f"must be {_wanted(None)}"
     if not target.startswith(HOMES[group]):
         return f"must be {_wanted(group)}; this project's own lie in {' and '.join(h[:-1] for h in HOMES[group])}"
-    return _why_of_another_kind(target, group, proof=True)
+    # whoever puts a function into the group's folder need not annotate it
+    return _why_of_another_kind(target, group, proof=True, silent=True)
 
 
-def _why_of_another_kind(target: str, group: str | None, proof: bool) -> str | None:
+def _why_of_another_kind(target: str, group: str | None, proof: bool, silent: bool = False) -> str | None:
     """Compare what the source says of a target with what its group needs.
 
     Args:
         target: A dotted name.
         group: Its group; None where any will do.
         proof: Whether a target that does not say what it gives is refused.
+        silent: Whether a function may leave that out all the same.
     """
     if group is None:
         kinds = [_why_of_another_kind(target, name, proof) for name in HOMES]
         return None if None in kinds else f"must be {_wanted(None)}"
     found = definition_of(target)
     if found is None:
-        return f"must be {_wanted(group)}; it can't be seen what it is" if proof and _exists(target) else None
+        return f"must be {_wanted(group)}; it can't be seen what it is" if proof and _is_there(target) else None
     owner = found[0].name.split(".")[0]
     if owner in sys.stdlib_module_names or (isinstance(found[1], ast.ImportFrom) and _leads_out(found[1])):
         return f"must be {_wanted(group)}; Python's own functions are none"
     made = found if isinstance(found[1], ast.ClassDef) else returned(*found)
     if made is None:
-        silent = proof or (isinstance(found[1], FUNCTIONS) and _returns_plain(found[1]))
-        return f"must be {_wanted(group)}; it does not say that it gives one" if silent else None
+        plain = isinstance(found[1], FUNCTIONS) and _returns_plain(found[1])
+        unsaid = plain or (proof and not (silent and isinstance(found[1], FUNCTIONS)))
+        return f"must be {_wanted(group)}; it does not say that it gives one" if unsaid else None
     return None if _is_kind(made, group, proof) else f"must be {_wanted(group)}"
 
 
-def _exists(target: str) -> bool:
-    """Whether the module is there: a name that is not is explained by its signature."""
-    return find_module(target.rpartition(".")[0]) is not None
+def _is_there(target: str) -> bool:
+    """Whether there is such a name: one that is not is explained by its signature."""
+    try:
+        read_signature(target)
+    except (TargetError, SyntaxError):
+        return False
+    return True
 
 
 def _leads_out(node: ast.ImportFrom) -> bool:

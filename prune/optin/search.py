@@ -55,7 +55,10 @@ def two_kinds(scores: Mapping[str, Tensor], costs: CostModel, budget: Budget) ->
     """
     refuse_unreachable(costs, budget)
     if budget.of in ("width", "latency") or budget.round_to > 1:
-        raise InputError("prune.search=optin: takes prune.budget=macs or params, and prune.round_to=1")
+        raise InputError(
+            "prune.search=optin: takes prune.budget=macs or params, and prune.round_to=1; "
+            f"here they are {budget.of} and {budget.round_to}"
+        )
     kinds = list(dict.fromkeys(costs.kinds.values()))
     if not 1 <= len(kinds) <= 2:
         raise InputError(f"prune.search=optin: takes a model with one or two kinds of units, not {', '.join(kinds)}")

@@ -11,7 +11,6 @@ has the covariance of their Fisher information, so `E[(d<xi, y>/dg_j)^2] = 2 KD_
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from data.base import DataBundle
 from models.base import Batch, PrunableModel, UnitGroup

@@ -49,6 +49,9 @@ class Obs(Structural):
             if seen is None or not group.count:
                 scores[group.name] = torch.zeros(group.count)
                 continue
+            if not (seen.inputs.isfinite().all() and seen.outputs.isfinite().all()):
+                scores[group.name] = torch.full((group.count,), torch.nan)  # no factorisation: refused by name below
+                continue
             reader = consumers[group.consumer.module]
             costs = removal_costs(seen.inputs, seen.outputs, reader.matrix(), columns_of(reader, group), self.damping)
             scores[group.name] = costs * seen.rows * (ATTENTION if group.pairwise_features else 1.0)

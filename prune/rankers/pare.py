@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 
+import prune.optin.search
 import prune.rankers.obs
+import prune.search
 import prune.tokens.schedule
 import prune.tokens.tome
 from data.base import DataBundle
@@ -21,9 +23,8 @@ from models.cost import CostModel, cost_model
 from models.token_cost import TokenCosts
 from prune.base import Method, Plan, Scores
 from prune.rankers.obs import Obs
-from prune.repair import rebuild
 from prune.repair.rebuild import Pair, rebuilt
-from prune.repair.repairs import Repair
+from prune.repair.repairs import CODE, Repair
 from prune.repair.solvers import Refit
 from prune.rewriting import Applied
 from prune.sensitivity.allocation import content_of
@@ -50,14 +51,15 @@ class Pare(Obs):
     """Units by optimal brain surgeon with refitted consumers, and tokens, where a model has some to merge.
 
     Attributes:
-        tokens: Whether tokens may be merged; they are under `budget=macs`. False cuts units alone.
+        tokens: Whether tokens may be merged; they are under `budget=macs` with `kinds` null. False cuts units alone.
     """
 
     tokens: bool = True
     repair: tuple[Repair, ...] = ("refit",)
 
     ranking_code: ClassVar[tuple[ModuleType, ...]] = (
-        *Obs.ranking_code, prune.rankers.obs, prune.tokens.tome, prune.tokens.schedule, rebuild, curves, trials,
+        *Obs.ranking_code, *CODE, prune.rankers.obs, prune.search, prune.optin.search, prune.tokens.tome,
+        prune.tokens.schedule, curves, trials,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ def tilted(total: int, inflection: float, blocks: int) -> Schedule:
 
     What has been given out up to any block never falls as `total` grows.
     """
-    if not inflection:
+    if not inflection or blocks == 1:  # one block takes all: rising from nothing to it would give nothing out
         return even(total, blocks)
     slope = Fraction(str(inflection))
     weights = [1 + slope * (2 * Fraction(layer, max(blocks - 1, 1)) - 1) for layer in range(blocks)]

@@ -56,9 +56,7 @@ def rewritten(method: "WeightSparsity", model: PrunableModel, data: DataBundle, 
     )
 
 
-def _rewritten(
-    method: "WeightSparsity", model: PrunableModel, batches: Sequence[Batch], scratch: Scratch
-) -> Artifact:
+def _rewritten(method: "WeightSparsity", model: PrunableModel, batches: Sequence[Batch], scratch: Scratch) -> Artifact:
     """The same with batches as they are; blocks that are finished are taken over."""
     matrices = prunable_matrices(model, method.skip)
     tensors: dict[str, Tensor] = {}
