@@ -116,7 +116,7 @@ ADAPTERS: dict[str, Adapter] = {
     "vit_qk_norm": lambda: timm_vit("vit_base_patch16_224", qk_norm=True, class_token=False, global_pool="avg"),
     "resnet_basic": lambda: timm_resnet("resnet18"),
     "resnet_bottleneck": lambda: timm_resnet("resnet50"),
-    **{kind: partial(timm_small, kind) for kind in ("swin", "swin_v2", "beit", "eva02", "convnext")},
+    **{kind: partial(timm_small, kind) for kind in ("swin", "eva02", "convnext")},
     "mask2former": least_mask2former,
     **{kind.replace("-", "_"): partial(encoder, kind) for kind in LAYOUTS},
     "llama": lambda: causal("llama", attention_bias=True, mlp_bias=True),

@@ -15,6 +15,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # a worker a core: with a thread a core each, they would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# what covers the dearest adapter by default; its other tests are slow ones
+DEAREST = "[mask2former"
+COVERING = ("test_contract.py", "test_mask2former.py", "test_checkpoint.py", "test_experiments.py")
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = (
     "model.width=16", "model.depth=2", "model.heads=2", "model.neurons=12", "model.training.epochs=2",
@@ -22,6 +26,14 @@ SMALL = (
 )  # fmt: skip
 
 Compose = Callable[..., DictConfig]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave most tests of the dearest adapter to `-m slow`."""
+    for item in items:
+        if DEAREST in item.name and item.path.name not in COVERING:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,7 @@ def test_random_tokens_follow_their_shape() -> None:
     assert batch["inputs"].shape[1:] == (7, 5) and int(batch["labels"].max()) <= 2
 
 
+@pytest.mark.slow
 def test_the_toy_encoder_reaches_97_percent_on_digits(tmp_path: Path) -> None:
     seed_everything(0)
     data, settings = digits(), Training()

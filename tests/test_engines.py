@@ -93,6 +93,7 @@ def test_mistakes_are_found_before_job_0(arguments: tuple[str, ...], message: st
     assert any(message in line for line in found), found
 
 
+@pytest.mark.slow
 def test_a_large_space_is_checked_value_by_value(installed) -> None:
     space = ("prune.ratio=range(0.01,0.9,0.01)", "seed=range(0,100)", "prune=choice(fisher,random)")
     assert problems("-m", "hydra/sweeper=optuna", *space) == []

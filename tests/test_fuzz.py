@@ -96,7 +96,7 @@ def is_a_mistake(text: str) -> bool:
 
 
 @given(mutated())
-@settings(QUIET, max_examples=150)
+@settings(QUIET, max_examples=100)
 def test_mutated_configurations_give_mistakes(config: dict[str, Any]) -> None:
     assert all(map(is_a_mistake, checked(config) or []))
 
@@ -109,7 +109,7 @@ def test_many_mutated_configurations_give_mistakes(config: dict[str, Any]) -> No
 
 
 @given(st.dictionaries(keys, values, max_size=5))
-@settings(QUIET, max_examples=50)
+@settings(QUIET, max_examples=25)
 def test_random_configurations_give_mistakes(config: dict[str, Any]) -> None:
     assert all(map(is_a_mistake, checked(config) or []))
 
@@ -134,7 +134,7 @@ def throw(line: list[str]) -> None:
 
 
 @given(overrides())
-@settings(QUIET, max_examples=10)
+@settings(QUIET, max_examples=5)
 def test_command_lines_give_mistakes(line: list[str]) -> None:
     throw(line)
 

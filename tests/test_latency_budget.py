@@ -121,6 +121,7 @@ def test_every_family_can_be_timed(name: str, monkeypatch) -> None:
     assert table.rest_ns >= 0 and model.fingerprint() == before
 
 
+@pytest.mark.slow
 def test_a_run_by_latency_says_what_it_reached_and_measures_the_table_once(
     small_config: Compose, tmp_path: Path, monkeypatch
 ) -> None:

@@ -30,6 +30,7 @@ def measure(composed: Compose, tmp_path_factory: pytest.TempPathFactory, shared_
     )
 
 
+@pytest.mark.slow
 def test_dense_deit_tiny_is_as_accurate_as_stated(measure: Measure) -> None:
     found = measure(*DEIT, "prune=none", "data.calibration_batches=1")
     assert found.dense["accuracy"].value == pytest.approx(0.8144, abs=0.002)

@@ -40,7 +40,7 @@ from utils.hooks import hooked
 
 KINDS = (*SIZES, *BUILT)
 # the others are among the adapters, so that every contract test covers them
-FURTHER = [kind for kind in KINDS if kind not in ("swin", "swin_v2", "beit", "eva02", "convnext")]
+FURTHER = [kind for kind in KINDS if kind not in ("swin", "eva02", "convnext")]
 CONTRACTS = (
     contract.test_full_plan_is_the_identity,
     contract.test_masked_logits_equal_shrunk_logits,
