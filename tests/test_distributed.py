@@ -104,6 +104,7 @@ def test_a_run_prints_and_writes_once(tmp_path: Path) -> None:
     assert second["dense"]["accuracy"]["value"] == result["dense"]["accuracy"]["value"]
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     start = time.monotonic()
     started = torchrun(2, str(ROOT / "main.py"), "prune.ratio=high", "recover.sharded=7", cwd=tmp_path)

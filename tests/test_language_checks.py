@@ -88,6 +88,7 @@ def test_what_is_right_gets_as_far_as_training(
         run(composed(*TINY, *right, f"storage={tmp_path / 's'}"), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_text_shorter_than_a_chunk_exits_with_2(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("abcd " * 40)
     (tmp_path / "test.txt").write_text("efgh " * 7)
