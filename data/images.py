@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from PIL import Image
-from timm.data import create_transform  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -203,6 +202,9 @@ class SomeItems:
 
 def transform_of(images: ImagePreprocessing, training: bool = False) -> Transform:
     """Build timm's transform: the model's own for evaluation, with moderate augmentation for training."""
+    # takes a second, and much that knows of images never loads one
+    from timm.data import create_transform  # type: ignore[attr-defined]
+
     return create_transform(**asdict(images), is_training=training, **AUGMENTATION)  # type: ignore[return-value]
 
 

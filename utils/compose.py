@@ -43,13 +43,18 @@ SHIPPED = Path(__file__).parent.parent / "configs"
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What decides the configuration: where it lies, and the overrides as typed."""
+    """What decides the configuration: where it lies, and the overrides as typed.
+
+    Attributes:
+        hydra_nodes: Hydra's own part by the overrides that decide it, as far as it was composed.
+    """
 
     config_dir: Path
     config_name: str = "config"
     overrides: list[str] = field(default_factory=list)
     extra_dir: str | None = None
     multirun: bool = False
+    hydra_nodes: dict[tuple[str, ...], DictConfig | None] = field(default_factory=dict, compare=False, repr=False)
 
 
 def command_line_problems(line: CommandLine) -> list[str]:
@@ -167,8 +172,14 @@ def hydra_node(line: CommandLine, overrides: list[str]) -> DictConfig | None:
     """Hydra's own part of the configuration, which no job of a sweep changes; None where it can't be composed."""
     fixed = [o for o in overrides if o.lstrip("+~").startswith("hydra")]
     fixed += [o for o in overrides if o.startswith("+experiment=") and "," not in o]
+    if tuple(fixed) not in line.hydra_nodes:
+        line.hydra_nodes[tuple(fixed)] = _composed_hydra_node(line, fixed)
+    return line.hydra_nodes[tuple(fixed)]
+
+
+def _composed_hydra_node(line: CommandLine, overrides: list[str]) -> DictConfig | None:
     try:
-        return compose(line.config_name, fixed, return_hydra_config=True).hydra
+        return compose(line.config_name, overrides, return_hydra_config=True).hydra
     except CANNOT_COMPOSE:
         return None
 

@@ -1,7 +1,8 @@
 """Training one network in all processes of a run: each on its rows of every batch, so that a step is that of one.
 
 The loss of a batch is the sum of its parts', each weighed by its share of what the mean is over. Gradients are summed
-by DistributedDataParallel, or by FSDP, which also divides the weights and what the optimizer keeps.
+by DistributedDataParallel, or by FSDP, which also divides the weights and what the optimizer keeps. Divided tensors
+take half a second to import and are known to runs in several processes alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,9 +10,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -114,6 +112,9 @@ def own_stream(step: int) -> Iterator[None]:
 
 def shard(network: nn.Module, blocks: Sequence[str], device: torch.device) -> None:
     """Divide a network's parameters between the processes, in place, block by block (FSDP)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (world_size(),))
     for name in blocks:
         fully_shard(network.get_submodule(name), mesh=mesh)
@@ -122,11 +123,19 @@ def shard(network: nn.Module, blocks: Sequence[str], device: torch.device) -> No
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that is divided between processes, in one piece; to be asked for by all of them."""
+    if world_size() == 1:
+        return tensor
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def divided_like(tensor: Tensor, model: Tensor) -> Tensor:
     """A tensor of the same shape divided as another one is."""
+    if world_size() == 1:
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(model, DTensor) or tensor.shape != model.shape:
         return tensor
     return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 COVER = "***"
@@ -41,22 +41,23 @@ def _tells(value: str) -> bool:
     return len(value) >= SHORTEST and not plain and not value.startswith("/")
 
 
-def redacted(text: str) -> str:
-    """The text with every secret covered."""
-    for value in secret_values():
+def redacted(text: str, values: Sequence[str] | None = None) -> str:
+    """The text with every secret covered; `values` are the environment's, looked up if not given."""
+    for value in secret_values() if values is None else values:
         text = text.replace(value, COVER)
     text = SHAPES.sub(COVER, text)
     text = ADDRESS.sub(rf"\g<scheme>{COVER}@", text)
     return QUERY.sub(rf"\g<name>{COVER}", text)
 
 
-def covered(value: Any) -> Any:
+def covered(value: Any, values: Sequence[str] | None = None) -> Any:
     """Plain values with the secrets in their texts and keys covered."""
+    values = secret_values() if values is None else values
     if isinstance(value, Mapping):
-        return {covered(key): covered(inner) for key, inner in value.items()}
+        return {covered(key, values): covered(inner, values) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [covered(inner) for inner in value]
-    return redacted(value) if isinstance(value, str) else value
+        return [covered(inner, values) for inner in value]
+    return redacted(value, values) if isinstance(value, str) else value
 
 
 def why_secret(value: str) -> str | None:

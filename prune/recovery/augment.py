@@ -1,19 +1,17 @@
 """Stronger augmentation for recovery, through timm's factories: policies on images, mixing and erasing in batches.
 
-Shapes: B images, C channels, H and W pixels.
+Shapes: B images, C channels, H and W pixels. timm, which takes a second to import, is needed by few runs and imported
+where it is called.
 """
 
 import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import Mixup, create_transform  # type: ignore[attr-defined]
-from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -24,6 +22,9 @@ from models.base import PrunableModel
 from models.preprocessing import ImagePreprocessing
 from utils.errors import InputError
 from utils.training import TrainBatches
+
+if TYPE_CHECKING:
+    from timm.data import Mixup  # type: ignore[attr-defined]
 
 GREY = (128, 128, 128)
 
@@ -81,6 +82,9 @@ class AugmentedBatches:
     """Training batches that are changed as they come; what is drawn follows from the global seeds of the epoch."""
 
     def __init__(self, batches: TrainBatches, policy: Any, how: Augmentation, classes: int) -> None:
+        from timm.data import Mixup  # type: ignore[attr-defined]
+        from timm.data.random_erasing import RandomErasing
+
         self.batches, self.classes = batches, classes
         self.policy: Any = policy
         self.erase: Any = RandomErasing(how.erase, mode="pixel", device="cpu") if how.erase else None
@@ -116,7 +120,7 @@ def by_policy(images: Tensor, policy: Any) -> Tensor:
     return found if images.shape[1] == 3 else found.mean(dim=1, keepdim=True)
 
 
-def mixed(batch: Batch, mix: Mixup, classes: int) -> Batch:
+def mixed(batch: Batch, mix: "Mixup", classes: int) -> Batch:
     """Mix images and labels; labels become (B, classes). Of an odd number the last stays as it is."""
     images, labels = batch["inputs"], batch["labels"]
     even = len(images) - len(images) % 2
@@ -129,6 +133,8 @@ def mixed(batch: Batch, mix: Mixup, classes: int) -> Batch:
 
 
 def _policy(name: str) -> Any:
+    from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+
     settings = {"translate_const": 4, "img_mean": GREY}
     try:
         found = rand_augment_transform if name.startswith("rand") else auto_augment_transform
@@ -139,6 +145,8 @@ def _policy(name: str) -> Any:
 
 
 def _with_policy(batches: ImageBatches, images: ImagePreprocessing, name: str) -> ImageBatches:
+    from timm.data import create_transform  # type: ignore[attr-defined]
+
     twin, settings = copy.copy(batches), {**asdict(images), **AUGMENTATION, "auto_augment": name}
     twin.transform = create_transform(**settings, is_training=True)  # type: ignore[assignment]
     return twin
