@@ -95,6 +95,11 @@ class Structural(ABC):
                 f"prune.allocation={self.allocation}: must be null under prune.budget=latency, whose search goes by "
                 "measured times; budget=macs, params and width take it"
             )
+        if self.allocation is not None and self.search != "greedy":
+            raise InputError(
+                f"prune.search={self.search}: must be greedy beside prune.allocation={self.allocation}, which says how "
+                "much each group loses"
+            )
         self._repairs()  # refuses what can't be done in that order
 
     @abstractmethod
@@ -115,7 +120,7 @@ class Structural(ABC):
         refuse_unreachable(costs, self._budget)
         if self.allocation not in (None, "sensitivity"):
             curves_of_units(self.allocation, costs)
-        if self.search == "optin" and self.allocation is None and self.budget != "latency":
+        if self.search == "optin" and self.budget != "latency":
             two_kinds({name: torch.zeros(count) for name, count in costs.counts.items()}, costs, self._budget)
 
     def refuse(self, model: PrunableModel) -> None:

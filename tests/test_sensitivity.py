@@ -229,6 +229,8 @@ def test_bad_settings() -> None:
     ):
         with pytest.raises(InputError, match=match):
             Sensitivity(**settings)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="prune.search=optin: must be greedy beside prune.allocation=sensitivity"):
+        Fisher(allocation="sensitivity", search="optin")
 
 
 def test_a_run_leaves_table_pictures_and_allocation(small_config: Compose, tmp_path: Path) -> None:
