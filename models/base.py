@@ -96,6 +96,8 @@ class UnitGroup:
             `2 * head width`, once for the attention scores and once for the weighted sum.
         keys_per_query: Tokens that each token attends to; None means all of them.
         keys_from: Dotted name of a linear that runs once for each token attended to, where these are others.
+        key_weights: Weights per unit that make keys and values, biases not counted; 0 where it is not known.
+        query_weights: Weights per unit that make queries, and run for queries alone, inside the linear `keys_from`.
     """
 
     name: str
@@ -110,6 +112,8 @@ class UnitGroup:
     pairwise_features: int = 0
     keys_per_query: int | None = None
     keys_from: str | None = None
+    key_weights: int = 0
+    query_weights: int = 0
 
     @property
     def slices(self) -> tuple[Slices, ...]:
@@ -255,6 +259,11 @@ class PrunableModel(ABC):
         """Whether the first token is the one that the answer is read from."""
         return False
 
+    @property
+    def reads_front(self) -> bool:
+        """Whether the answer depends on the protected tokens alone of what the last block gives."""
+        return False
+
     def special_tokens(self) -> tuple[int, ...]:
         """Token ids that are never dropped, beside the tokens in front."""
         return ()
@@ -282,6 +291,10 @@ class PrunableModel(ABC):
         reduction.refuse_misfit(len(self.blocks()))
         if isinstance(reduction, Reduction) and reduction.importance and not self.class_token:
             raise InputError(f"importance={reduction.importance}: must be 0 for a model without a class token")
+        if isinstance(reduction, Reduction) and reduction.front_only and not self.reads_front:
+            raise InputError(
+                "front_only=True: must be false for a model whose head reads more than the tokens in front"
+            )
         if isinstance(reduction, Reduction):
             self._merge_tokens(reduction)
         else:

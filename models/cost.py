@@ -187,5 +187,7 @@ def _attention_term(group: UnitGroup, calls: Mapping[str, list[int]]) -> Term:
     queries = calls.get(group.consumer.module, [])
     keys = calls[group.keys_from] if group.keys_from else [group.keys_per_query or count for count in queries]
     pairs = sum(count * others for count, others in zip(queries, keys, strict=True))
+    # weights that were counted for every key, and run for queries alone
+    spared = group.query_weights * (sum(keys) - sum(queries))
     lengths = (Length(0, ((group.name, 1),)),)
-    return Term(macs=group.pairwise_features * pairs, params=0, lengths=lengths, layer=group.layer)
+    return Term(macs=group.pairwise_features * pairs - spared, params=0, lengths=lengths, layer=group.layer)

@@ -128,6 +128,14 @@ class KeepingFlow:
         self._note("attention", x)
         return x
 
+    def in_front(self, layer: int) -> bool:
+        """Whether a block asks for the tokens in front alone: none does."""
+        return False
+
+    def asking(self, x: Tensor) -> Tensor:
+        """The tokens for which the present block asks and answers: all of them."""
+        return x
+
     def leave_attention(self, x: Tensor) -> Tensor:
         """Between the halves of a block: (B, T, D), with fewer tokens if they go before the MLP."""
         x = self._reduced(x) if self.keeping.before == "mlp" else x

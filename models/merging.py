@@ -7,7 +7,7 @@ Shapes: B samples, T tokens, D width, P protected tokens in front (CLS, distilla
 E and O matched tokens at even and odd positions, r tokens merged away.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from utils.errors import InputError, RunError
+from utils.errors import InputError
 
 Half = Literal["mlp", "attention"]
 Metric = Literal["keys", "tokens"]
-SETTINGS = ("merged", "before", "proportional", "metric", "importance", "growth")
+SETTINGS = ("merged", "before", "proportional", "metric", "importance", "growth", "front_only")
 # what schedules written before these settings mean
-ADDED: Mapping[str, Any] = {"metric": "keys", "importance": 0.0, "growth": 0.0}
+ADDED: Mapping[str, Any] = {"metric": "keys", "importance": 0.0, "growth": 0.0, "front_only": False}
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Reduction:
             lowered by this, times what each gets of that attention by member, as a multiple of the mean.
         growth: How much it speaks against a pair that it stands for many tokens: the similarity is lowered by
             this, times the logarithm of their number.
+        front_only: Whether the last block asks and answers for the protected tokens alone. That is exact where the
+            head reads no other one; all tokens give it keys and values.
     """
 
     merged: tuple[int, ...]
@@ -47,6 +49,7 @@ class Reduction:
     metric: Metric = "keys"
     importance: float = 0.0
     growth: float = 0.0
+    front_only: bool = False
 
     def __post_init__(self) -> None:
         if bad := [r for r in self.merged if type(r) is not int or r < 0]:
@@ -57,6 +60,13 @@ class Reduction:
             raise InputError(f"proportional={self.proportional!r}: must be true or false")
         if self.metric not in ("keys", "tokens"):
             raise InputError(f"metric={self.metric!r}: must be keys or tokens")
+        if type(self.front_only) is not bool:
+            raise InputError(f"front_only={self.front_only!r}: must be true or false")
+        if self.front_only and self.before == "mlp" and self.merged[-1:] not in ((), (0,)):
+            raise InputError(
+                f"merged={list(self.merged)}: with front_only the last block must merge 0 tokens, its MLP gets only "
+                "protected ones"
+            )
         for name, weight in (("importance", self.importance), ("growth", self.growth)):
             if type(weight) not in (int, float) or not 0 <= weight < inf:
                 raise InputError(f"{name}={weight!r}: must be a number of at least 0")
@@ -75,6 +85,10 @@ class Reduction:
     def merges(self) -> bool:
         """Whether any token goes."""
         return any(self.merged)
+
+    def in_front(self, layer: int) -> bool:
+        """Whether a block asks and answers for the protected tokens alone."""
+        return self.front_only and layer == self.blocks - 1
 
     def refuse_misfit(self, blocks: int) -> None:
         """Raise an InputError if the schedule is not one for a network of that many blocks."""
@@ -104,6 +118,8 @@ def mergeable(tokens: int, protected: int) -> int:
 def counts(reduction: Reduction, tokens: int, protected: int) -> list[tuple[int, int]]:
     """Tokens that enter the attention and the MLP of each block.
 
+    Where the last block asks for the protected tokens alone, its attention still gets all of them, as keys.
+
     Args:
         reduction: The schedule.
         tokens: Tokens that enter the first block, the protected ones included.
@@ -112,7 +128,8 @@ def counts(reduction: Reduction, tokens: int, protected: int) -> list[tuple[int,
     found = []
     for merged in reduction.merged:
         left = tokens - min(merged, mergeable(tokens, protected))
-        found.append((tokens if reduction.before == "mlp" else left, left))
+        attention, mlp = tokens if reduction.before == "mlp" else left, left
+        found.append((attention, protected if reduction.in_front(len(found)) else mlp))
         tokens = left
     return found
 
@@ -200,6 +217,32 @@ def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
     return merged, torch.cat([front_size, _taken(even_size, matching.kept), odd_size], dim=1)
 
 
+def places(matching: Matching, tokens: int) -> Tensor:
+    """Where `merge` puts each of so many tokens, (B, T) int64."""
+    kept, front = matching.kept.shape[1], matching.protected
+    found = matching.gone.new_empty(len(matching.gone), tokens)
+    first, even, odd = (part[..., 0] for part in _parted(found[..., None], front))  # views: (B, P), (B, E), (B, O)
+    first[:] = torch.arange(front, device=found.device)
+    even.scatter_(1, matching.kept, front + torch.arange(kept, device=found.device).expand_as(matching.kept))
+    even.scatter_(1, matching.gone, front + kept + matching.target)
+    odd[:] = front + kept + torch.arange(odd.shape[1], device=found.device)
+    return found
+
+
+def member_means(x: Tensor, source: Tensor) -> Tensor:
+    """Mean of the first tokens that each merged one stands for: (B, T, D) -> (B, T - r, D).
+
+    Args:
+        x: Features of the first tokens.
+        source: Which merged token each of them is part of, (B, T); none is without a part.
+    """
+    left = int(source.max()) + 1
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sums = _added(x.new_zeros(len(x), left, x.shape[-1], dtype=wide), source, x.to(wide))
+    members = sums.new_zeros(len(x), left).scatter_add(1, source, sums.new_ones(source.shape))
+    return (sums / members.unsqueeze(-1)).to(x.dtype)
+
+
 def _parted(x: Tensor, protected: int) -> tuple[Tensor, Tensor, Tensor]:
     """Protected tokens, and the others at even and odd positions: (B, P, D), (B, E, D), (B, O, D)."""
     return x[:, :protected], x[:, protected + protected % 2 :: 2], x[:, protected + 1 - protected % 2 :: 2]
@@ -211,102 +254,3 @@ def _taken(x: Tensor, index: Tensor) -> Tensor:
 
 def _added(x: Tensor, index: Tensor, more: Tensor) -> Tensor:
     return x.scatter_add(1, index.unsqueeze(-1).expand_as(more), more)
-
-
-class Flow:
-    """What the blocks of one network tell each other during one forward pass; they share it.
-
-    Attributes:
-        reduction: The schedule.
-        protected: Tokens in front that are never merged.
-        averaged: Whether the network ends with `mean`, which needs the sizes after the last block.
-        size: How many of the first tokens each token stands for, (B, T, 1); None as long as each
-            stands for itself, so that the dense kernels run.
-    """
-
-    def __init__(self, reduction: Reduction, protected: int, averaged: bool = False) -> None:
-        self.reduction, self.protected, self.averaged = reduction, protected, averaged
-        self.size: Tensor | None = None
-        self._keys: Tensor | None = None
-        self._attention: Tensor | None = None
-        self._layer = -1
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy starts anew, also from a pass that broke off
-        return vars(self) | {"size": None, "_keys": None, "_attention": None, "_layer": -1}
-
-    def enter(self, x: Tensor, layer: int) -> Tensor:
-        """Begin a block: (B, T, D), with fewer tokens if it merges before its attention."""
-        if layer == 0:
-            self.size = self._keys = self._attention = None
-        elif layer != self._layer + 1:
-            raise RunError(
-                f"block {layer} ran after block {self._layer}: blocks of a network that merges tokens must run "
-                "one after the other, each once; scores that replay some of them need a network without merging"
-            )
-        self._layer = layer
-        return self._merged(x) if self.reduction.before == "attention" else x
-
-    def leave_attention(self, x: Tensor) -> Tensor:
-        """Between the halves of a block: (B, T, D), with fewer tokens if it merges before its MLP."""
-        x = self._merged(x) if self.reduction.before == "mlp" else x
-        if self._layer == len(self.reduction.merged) - 1 and not self.averaged:
-            self.size = None  # nothing of a pass outlives it
-        return x
-
-    def leave(self, x: Tensor) -> Tensor:
-        """End a block."""
-        return x
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dense: Callable[[Tensor | None], Tensor]) -> Tensor:
-        """Mix values (B, H, T, dh) by the network's own attention, each token counted by its size."""
-        self._note(q, k, scale)
-        return dense(self.bias(q))
-
-    def bias(self, x: Tensor) -> Tensor | None:
-        """What proportional attention adds to the logits of each key, (B, 1, 1, T); None for nothing."""
-        if self.size is None or not self.reduction.proportional:
-            return None
-        return self.size.log().to(x.dtype)[:, None, None, :, 0]  # (B, T, 1) -> (B, 1, 1, T)
-
-    def _note(self, q: Tensor, k: Tensor, scale: float) -> None:
-        """Keep what the next merge looks at: the mean over heads of keys (B, H, T, dh), the class token's attention.
-
-        An attention that has lost all heads has neither; tokens are then compared by themselves.
-        """
-        merged = self.reduction.merged
-        following = self._layer + (self.reduction.before == "attention")
-        wanted = following < len(merged) and merged[following] > 0 and k.shape[1] > 0
-        wide = torch.promote_types(k.dtype, torch.float32)
-        by_keys = wanted and self.reduction.metric == "keys"
-        self._keys = k.detach().mean(dim=1, dtype=wide) if by_keys else None
-        self._attention = self._of_class_token(q, k, scale) if wanted and self.reduction.importance else None
-
-    def _of_class_token(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """What the first token attends to, the mean over heads, (B, T), float32 at least."""
-        logits = (q.detach()[:, :, :1] * scale) @ k.detach().mT  # (B, H, 1, T)
-        bias = self.bias(q)
-        logits = logits if bias is None else logits + bias
-        return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(dim=1)[:, 0]
-
-    def mean(self, x: Tensor, front: int) -> Tensor:
-        """Mean over the tokens behind the first `front`, by size: (B, T, D) -> (B, D)."""
-        size, self.size = self.size, None
-        if size is None:
-            return x[:, front:].mean(dim=1)
-        weight = size[:, front:]
-        wide = torch.promote_types(x.dtype, weight.dtype)
-        return ((x[:, front:].to(wide) * weight).sum(dim=1) / weight.sum(dim=1)).to(x.dtype)
-
-    def _merged(self, x: Tensor) -> Tensor:
-        r = min(self.reduction.merged[self._layer], mergeable(x.shape[1], self.protected))
-        keys, self._keys = self._keys, None
-        attention, self._attention = self._attention, None
-        if r == 0:
-            return x
-        size = self.size
-        if size is None:
-            size = x.new_ones((*x.shape[:2], 1), dtype=torch.promote_types(x.dtype, torch.float32))
-        against = reluctance(self.reduction, size, attention)
-        x, self.size = merge(x, size, match(x if keys is None else keys, r, self.protected, against))
-        return x

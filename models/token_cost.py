@@ -5,7 +5,7 @@ weights of the half's linears and p the features of its token-by-token products.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class BlockCosts:
         mlp: MACs per token of the other linears.
         match: Features by which tokens are matched: those of one key, or the tokens' own where no head is left.
         width: Features of a token.
+        keys: Of the MACs per token of the attention half, those for keys and values.
     """
 
     attention: int
@@ -33,6 +34,11 @@ class BlockCosts:
     mlp: int
     match: int
     width: int = 0
+    keys: int = 0
+
+    def unasked(self, tokens: int, asking: int) -> int:
+        """MACs of its attention half that go where only some of the tokens ask, and all are keys and values."""
+        return (self.attention - self.keys + self.pairs * tokens) * (tokens - asking)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class TokenCosts:
         protected: Of these, the ones that are never merged or dropped.
         class_token: Whether the first token is the one that the answer is read from.
         ragged: Whether samples differ in length, so that these are the costs of one of many.
+        reads_front: Whether the answer depends on the protected tokens alone.
     """
 
     fixed: int
@@ -54,6 +61,7 @@ class TokenCosts:
     protected: int
     class_token: bool = False
     ragged: bool = False
+    reads_front: bool = False
 
     def total(self, attention: Sequence[int], mlp: Sequence[int]) -> int:
         """MACs with these token counts per block; matching is apart, see `matching`."""
@@ -76,7 +84,10 @@ class TokenCosts:
     def of(self, reduction: Reduction | Keeping) -> int:
         """MACs under a schedule, without matching or scoring."""
         attention, mlp = zip(*self.counts(reduction), strict=True)
-        return self.total(attention, mlp)
+        spared = 0
+        if isinstance(reduction, Reduction) and reduction.front_only:
+            spared = self.blocks[-1].unasked(attention[-1], self.protected)
+        return self.total(attention, mlp) - spared
 
     def scoring(self, keeping: Keeping, counts: Sequence[tuple[int, int]], fused: Mapping[int, int]) -> int:
         """MACs of what a rule must see beyond the forward pass.
@@ -100,7 +111,8 @@ class TokenCosts:
 
     def matching(self, reduction: Reduction) -> int:
         """MACs of comparing even with odd tokens, and of asking the class token, in the blocks that merge any."""
-        entering = [self.tokens, *(left for _, left in self.counts(reduction))]
+        flowing = self.counts(replace(reduction, front_only=False))
+        entering = [self.tokens, *(left for _, left in flowing)]
         # before the attention, keys are those of the block before
         shift = int(reduction.before == "attention")
         found = 0
@@ -142,8 +154,8 @@ def token_costs_of(model: PrunableModel, calls: Mapping[str, Sequence[int]]) -> 
     blocks = tuple(_block_costs(model, block, group, sizes) for block, group in zip(model.blocks(), heads, strict=True))
     inside = tuple(f"{block}." for block in model.blocks())
     fixed = sum(sum(calls[name]) * size for name, size in sizes.items() if not name.startswith(inside))
-    tokens = calls[heads[0].consumer.module][0]
-    return TokenCosts(fixed, blocks, tokens, model.protected_tokens, model.class_token)
+    tokens = calls[heads[0].keys_from or heads[0].consumer.module][0]
+    return TokenCosts(fixed, blocks, tokens, model.protected_tokens, model.class_token, reads_front=model.reads_front)
 
 
 def _heads_of(model: PrunableModel, layer: int) -> UnitGroup:
@@ -162,4 +174,5 @@ def _block_costs(model: PrunableModel, block: str, heads: UnitGroup, sizes: Mapp
         mlp=sum(inside.values()) - attention,
         match=heads.width if heads.count else width,
         width=width,
+        keys=heads.key_weights * heads.count,
     )

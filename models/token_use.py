@@ -13,6 +13,7 @@ from torch import Tensor
 from models.base import Batch, PrunableModel
 from models.keeping_flow import Seen, flow_of, watched_tokens
 from models.token_cost import TokenCosts
+from utils.progress import followed
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def token_use(model: PrunableModel, batches: Iterable[Batch]) -> TokenUse:
 
 def _passes(model: PrunableModel, batches: Iterable[Batch]) -> Iterable[Seen]:
     with watched_tokens(flow_of(model)) as flow:
-        for batch in batches:
+        for batch in followed("token counts", batches):
             model.logits(model.place(batch))
             flow.check()
             assert flow.seen is not None

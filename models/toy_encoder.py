@@ -12,12 +12,14 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 import models.keeping_flow
 import models.merging
+import models.merging_flow
 from models.base import Attribute, Batch, Consumer, PrunableModel, Recipe, UnitGroup, rows, unit_index
 from models.checkpoint import load_weights, stored_recipe
 from models.depth import keep_listed
 from models.keeping import Keeping
 from models.keeping_flow import KeepingFlow
-from models.merging import Flow, Reduction
+from models.merging import Reduction
+from models.merging_flow import Flow
 from models.recast import recast
 from utils.errors import InputError
 from utils.rules import Count, ExistingPath, Ratio, checked
@@ -50,13 +52,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        return self._mixed(*self._projected(x))
+        return self._mixed(*self._projected(x, x))
 
-    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _projected(self, x: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape = (self.heads, self.head_width)
         q, k, v = (
-            project(x).unflatten(-1, shape).transpose(1, 2)  # (B, T, H*dh) -> (B, H, T, dh)
-            for project in (self.query, self.key, self.value)
+            project(tokens).unflatten(-1, shape).transpose(1, 2)  # (B, T, H*dh) -> (B, H, T, dh)
+            for project, tokens in ((self.query, asking), (self.key, x), (self.value, x))
         )
         return q, k, v
 
@@ -74,10 +76,10 @@ class ReducingAttention(Attention):
     flow: Flow | KeepingFlow
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, D) to (B, T, D)."""
-        q, k, v = self._projected(x)
+        """Map (B, T, D) to (B, Q, D), for the Q tokens that are asked for."""
+        q, k, v = self._projected(x, self.flow.asking(x))
         mixed = self.flow.attend(q, k, v, self.scale, lambda bias: self._attended(q, k, v, bias))
-        return self.out(mixed.transpose(1, 2).flatten(2))  # (B, H, T, dh) -> (B, T, H*dh)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # (B, H, Q, dh) -> (B, Q, H*dh)
 
 
 class Block(nn.Module):
@@ -103,9 +105,9 @@ class ReducingBlock(Block):
     layer: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, D) to (B, T - r, D)."""
+        """Map (B, T, D) to (B, T - r, D), or to (B, Q, D) where it asks for the tokens in front alone."""
         x = self.flow.enter(x, self.layer)
-        x = x + self.dropout(self.attention(self.norm1(x)))
+        x = self.flow.asking(x) + self.dropout(self.attention(self.norm1(x)))
         x = self.flow.leave_attention(x)
         return self.flow.leave(x + self.dropout(self.fc2(gelu(self.fc1(self.norm2(x))))))
 
@@ -136,7 +138,7 @@ class ToyEncoder(PrunableModel):
     """Heads and MLP neurons of the toy encoder as unit groups."""
 
     network: Encoder
-    code = (models.merging, models.keeping_flow)
+    code = (models.merging, models.merging_flow, models.keeping_flow)
     fixed_blocks = None
 
     def unit_groups(self) -> tuple[UnitGroup, ...]:
@@ -166,6 +168,11 @@ class ToyEncoder(PrunableModel):
         """The answer is read from the CLS token."""
         return True
 
+    @property
+    def reads_front(self) -> bool:
+        """The answer is read from the CLS token alone."""
+        return True
+
     def why_not_mergeable(self) -> None:
         """It reads its answer from the CLS token alone."""
 
@@ -191,6 +198,7 @@ class ToyEncoder(PrunableModel):
         attention = self.network.get_submodule(name)
         count, width = int(attention.heads), int(attention.head_width)  # type: ignore[arg-type]
         index = unit_index(count, width)
+        in_front = isinstance(attention, ReducingAttention) and attention.flow.in_front(layer)
         return UnitGroup(
             name=f"blocks.{layer}.heads",
             kind="head",
@@ -205,6 +213,8 @@ class ToyEncoder(PrunableModel):
             consumer=Consumer(f"{name}.out", -1, index),
             after_cut=(Attribute(name, "heads"),),
             pairwise_features=2 * width,
+            keys_from=f"{name}.key" if in_front else None,
+            key_weights=2 * width * self.network.norm.weight.numel(),
         )
 
     def _neurons(self, layer: int) -> UnitGroup:

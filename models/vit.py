@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 import models.keeping_flow
 import models.merging
+import models.merging_flow
 import models.vit_merging
 from models.base import Attribute, Batch, Consumer, PrunableModel, Recipe, UnitGroup, rows, unit_index
 from models.depth import keep_listed
 from models.keeping import Keeping
 from models.merging import Reduction
 from models.timm_models import assembled, write_stock
-from models.vit_merging import dropping, merging, why_not_mergeable
+from models.vit_merging import ReducingAttention, dropping, merging, reads_front, why_not_mergeable
 from utils.errors import InputError
 from utils.rules import Count, ExistingPath, checked
 from utils.training import Training
@@ -27,7 +28,7 @@ class ViT(PrunableModel):
     """Heads of the fused qkv and MLP neurons as unit groups."""
 
     network: VisionTransformer
-    code = (models.merging, models.vit_merging, models.keeping_flow)
+    code = (models.merging, models.merging_flow, models.vit_merging, models.keeping_flow)
     fixed_blocks = None
 
     def __init__(self, network: nn.Module, recipe: Recipe, training: Training | None = None) -> None:
@@ -75,6 +76,11 @@ class ViT(PrunableModel):
         """Whether the first token is a class token."""
         return self.network.has_class_token
 
+    @property
+    def reads_front(self) -> bool:
+        """Whether the class token, or it and the distillation token, are all that the head reads."""
+        return reads_front(self.network)
+
     def _drop_tokens(self, keeping: Keeping) -> None:
         self.network = dropping(self.network, keeping)
 
@@ -110,6 +116,7 @@ class ViT(PrunableModel):
         count, width = int(attention.num_heads), int(attention.head_dim)  # type: ignore[arg-type]
         span, index = count * width, unit_index(count, width)
         gate = rows(self.network, f"{name}.gate", index) if getattr(attention, "gate", None) is not None else ()
+        in_front = isinstance(attention, ReducingAttention) and attention.flow.in_front(layer)
         return UnitGroup(
             name=f"blocks.{layer}.heads",
             kind="head",
@@ -120,6 +127,9 @@ class ViT(PrunableModel):
             consumer=Consumer(f"{name}.proj", -1, index),
             after_cut=(Attribute(name, "num_heads"), Attribute(name, "attn_dim", per_unit=width)),
             pairwise_features=2 * width,
+            keys_from=f"{name}.qkv" if in_front else None,
+            key_weights=2 * width * self.network.embed_dim,
+            query_weights=width * self.network.embed_dim if in_front else 0,
         )
 
     def _neurons(self, layer: int) -> UnitGroup:

@@ -1,16 +1,19 @@
 """Timm's vision transformers with tokens merged or dropped on their way: the same weights under other forwards.
 
-Shapes: B samples, T tokens, D width, H heads, dh head width.
+Shapes: B samples, T tokens, Q tokens that are asked for (all, or in the last block those in front), D width, H heads,
+dh head width.
 """
 
 from timm.layers.attention import Attention
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from models.keeping import Keeping
 from models.keeping_flow import KeepingFlow
-from models.merging import Flow, Reduction
+from models.merging import Reduction
+from models.merging_flow import Flow, FrontQueries
 from models.recast import recast
 
 
@@ -20,15 +23,16 @@ class ReducingAttention(Attention):
     flow: Flow | KeepingFlow
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Map (B, T, D) to (B, T, D)."""
+        """Map (B, T, D) to (B, Q, D)."""
         shape = (3, self.num_heads, self.head_dim)
         parts = self.qkv(x).unflatten(-1, shape)  # (B, T, 3*H*dh) -> (B, T, 3, H, dh)
         q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, dh)
-        q, k = self.q_norm(q), self.k_norm(k)
+        asking = self.flow.asking(x)  # (B, Q, D)
+        q, k = self.q_norm(q[:, :, : asking.shape[1]]), self.k_norm(k)
         mixed = self.flow.attend(q, k, v, self.scale, lambda bias: self._mixed(q, k, v, bias))
-        mixed = self.norm(mixed.transpose(1, 2).flatten(2))  # (B, H, T, dh) -> (B, T, H*dh)
+        mixed = self.norm(mixed.transpose(1, 2).flatten(2))  # (B, H, Q, dh) -> (B, Q, H*dh)
         if self.gate is not None:
-            mixed = mixed * self.gate(x).sigmoid()
+            mixed = mixed * self.gate(asking).sigmoid()
         return self.proj_drop(self.proj(mixed))
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,9 +51,9 @@ class ReducingBlock(Block):
     layer: int
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Map (B, T, D) to (B, T - r, D)."""
+        """Map (B, T, D) to (B, T - r, D), or to (B, Q, D) where it asks for the tokens in front alone."""
         x = self.flow.enter(x, self.layer)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        x = self.flow.asking(x) + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         x = self.flow.leave_attention(x)
         return self.flow.leave(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
@@ -61,9 +65,9 @@ class ReducingResPostBlock(ResPostBlock):
     layer: int
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Map (B, T, D) to (B, T - r, D)."""
+        """Map (B, T, D) to (B, T - r, D), or to (B, Q, D) where it asks for the tokens in front alone."""
         x = self.flow.enter(x, self.layer)
-        x = x + self.drop_path1(self.norm1(self.attn(x)))
+        x = self.flow.asking(x) + self.drop_path1(self.norm1(self.attn(x)))
         x = self.flow.leave_attention(x)
         return self.flow.leave(x + self.drop_path2(self.norm2(self.mlp(x))))
 
@@ -90,6 +94,11 @@ def why_not_mergeable(network: VisionTransformer) -> str | None:
     return None
 
 
+def reads_front(network: VisionTransformer) -> bool:
+    """Whether the head reads class, distillation and register tokens alone."""
+    return network.global_pool == "token" and type(network) in (VisionTransformer, VisionTransformerDistilled)
+
+
 def merging(network: VisionTransformer, reduction: Reduction) -> VisionTransformer:
     """The same weights as a network that merges tokens; the one given must not be used any more."""
     return _reducing(network, Flow(reduction, network.num_prefix_tokens, network.global_pool == "avg"))
@@ -104,6 +113,9 @@ def _reducing(network: VisionTransformer, flow: Flow | KeepingFlow) -> VisionTra
     for layer, block in enumerate(network.blocks):
         kind = ReducingResPostBlock if isinstance(block, ResPostBlock) else ReducingBlock
         network.blocks[layer] = recast(block, kind, flow=flow, layer=layer)
-        network.blocks[layer].attn = recast(block.attn, ReducingAttention, flow=flow)  # type: ignore[arg-type]
+        network.blocks[layer].attn = attention = recast(block.attn, ReducingAttention, flow=flow)  # type: ignore
+        kind, front = (FrontQueries, {"front": flow.protected}) if flow.in_front(layer) else (nn.Linear, {})
+        if type(attention.qkv) is not kind:
+            attention.qkv = recast(attention.qkv, kind, **front)
     averaged = network.global_pool == "avg"
     return recast(network, AveragingVisionTransformer, flow=flow) if averaged else network

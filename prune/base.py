@@ -154,8 +154,9 @@ class Plan:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing goes: no unit, no block, no token, and no weight."""
-        others = (self.tokens and self.tokens.merges, self.blocks and self.blocks.removed)
+        """Whether nothing goes: no unit, no block, no token, no weight, and nothing that is computed for no answer."""
+        in_front = isinstance(self.tokens, Reduction) and self.tokens.front_only
+        others = (in_front, self.tokens and self.tokens.merges, self.blocks and self.blocks.removed)
         return self.keeps_all_units and not any(others) and not any(matrix.zeros for matrix in self.matrices)
 
     def summary(self) -> dict[str, Any]:
@@ -185,7 +186,8 @@ class Plan:
             {"layer": layer, "merged": merged, "attention": attention, "mlp": mlp}
             for layer, (merged, (attention, mlp)) in enumerate(zip(self.tokens.merged, self.token_counts, strict=True))
         ]
-        settings = {"before": self.tokens.before, "proportional": self.tokens.proportional}
+        settings = self.tokens.to_json()
+        del settings["merged"]
         return {"tokens": rows, "token_reduction": settings}
 
     def save(self, path: Path) -> None:

@@ -68,12 +68,23 @@ SCHEDULES = {
     "tokens": Reduction((3, 0, 4), metric="tokens", growth=0.5),
     "weighed": Reduction((3, 2, 4), importance=0.4, growth=0.3),
     "weighed_before": Reduction((0, 3, 4), "attention", metric="tokens", importance=0.4),
+    "front_only": Reduction((3, 2, 0), growth=0.3, front_only=True),
+    "front_before": Reduction((0, 3, 4), "attention", importance=0.4, front_only=True),
 }
 
 
 @pytest.fixture(params=MODELS.values(), ids=list(MODELS))
 def made(request: pytest.FixtureRequest) -> tuple[PrunableModel, Batch]:
     return request.param()
+
+
+def why_unfit(model: PrunableModel, reduction: Reduction) -> str | None:
+    """What a model is refused with, if a schedule is not for its kind."""
+    if reduction.importance and not model.class_token:
+        return "importance=0.4: must be 0 for a model without a class token"
+    if reduction.front_only and getattr(model.network, "global_pool", "token") != "token":
+        return "front_only=True: must be false for a model whose head reads more than the tokens in front"
+    return None
 
 
 def merging(model: PrunableModel, reduction: Reduction) -> PrunableModel:
@@ -144,6 +155,8 @@ def test_counts_follow_place_and_cap() -> None:
     assert counts(Reduction((4, 4, 4)), 9, 1) == [(9, 5), (5, 3), (3, 2)]
     assert counts(Reduction((0, 4, 4), "attention"), 9, 1) == [(9, 9), (5, 5), (3, 3)]
     assert counts(Reduction((5, 5)), 2, 2) == [(2, 2), (2, 2)]
+    assert counts(Reduction((4, 4, 0), front_only=True), 9, 1) == [(9, 5), (5, 3), (3, 1)]
+    assert counts(Reduction((0, 4, 4), "attention", front_only=True), 9, 2) == [(9, 9), (6, 6), (4, 2)]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +167,8 @@ def test_counts_follow_place_and_cap() -> None:
         ({"merged": (1, 2), "before": "attention"}, "the first block must merge 0 tokens"),
         ({"merged": (1,), "before": "head"}, "before='head': must be mlp or attention"),
         ({"merged": (1,), "proportional": 1}, "proportional=1: must be true or false"),
+        ({"merged": (1, 0), "front_only": 1}, "front_only=1: must be true or false"),
+        ({"merged": (1, 1), "front_only": True}, "with front_only the last block must merge 0 tokens"),
     ],
 )
 def test_a_bad_schedule_is_refused(wrong: dict, message: str) -> None:
@@ -172,7 +187,8 @@ def test_a_schedule_survives_json() -> None:
 def softmax_attention(attention: nn.Module, x: Tensor, size: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Attention of one sample written out, each key `size` times; the mean keys (T, dh), and the first row's mean."""
     if hasattr(attention, "qkv"):
-        q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)  # type: ignore[operator,union-attr]
+        qkv = nn.functional.linear(x, attention.qkv.weight, attention.qkv.bias)  # type: ignore[union-attr,arg-type]
+        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).unbind(1)  # type: ignore[operator,union-attr]
         q, k = attention.q_norm(q), attention.k_norm(k)  # type: ignore[operator]
         out, gate = attention.proj, attention.gate
     else:
@@ -251,8 +267,8 @@ def slow_head(model: PrunableModel, x: Tensor, size: list[float]) -> Tensor:
 @torch.inference_mode()
 def test_a_network_that_merges_is_the_one_written_out(made: tuple[PrunableModel, Batch], schedule: Reduction) -> None:
     model, samples = made
-    if schedule.importance and not model.class_token:
-        with pytest.raises(InputError, match="importance=0.4: must be 0 for a model without a class token"):
+    if why := why_unfit(model, schedule):
+        with pytest.raises(InputError, match=why):
             merging(model, schedule)
         return
     model.network.double()
@@ -263,6 +279,26 @@ def test_a_network_that_merges_is_the_one_written_out(made: tuple[PrunableModel,
     assert (found - dense).abs().max() > 1e-4, "merging must bite, or the test shows nothing"
     assert torch.equal(logits(model, samples), dense), "the model itself stays as it was"
     assert torch.equal(logits(small, samples), found), "nothing of a pass stays for the next"
+
+
+@torch.inference_mode()
+def test_asking_for_the_tokens_in_front_alone_changes_no_answer(made: tuple[PrunableModel, Batch]) -> None:
+    model, samples = made
+    how = Reduction((3, 2, 0), front_only=True)
+    if why := why_unfit(model, how):
+        with pytest.raises(InputError, match=why):
+            merging(model, how)
+        return
+    for merged, before in (((0, 0, 0), "mlp"), ((3, 2, 0), "mlp"), ((0, 2, 3), "attention")):
+        whole = merging(model, Reduction(merged, before))  # type: ignore[arg-type]
+        front = merging(model, Reduction(merged, before, front_only=True))  # type: ignore[arg-type]
+        torch.testing.assert_close(logits(front, samples), logits(whole, samples), atol=TOLERANCE, rtol=0)
+        last = front.blocks()[-1]
+        with captured(front.network, [last]) as seen:
+            logits(front, samples)
+        assert seen[last].shape[1] == front.protected_tokens, "no other token is computed"
+        front.reduce_tokens(Reduction(merged, before))  # type: ignore[arg-type]
+        assert torch.equal(logits(front, samples), logits(whole, samples)), "another schedule takes it back"
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """The recipe: how a ratio is split between units and tokens, and what comes of it on small models."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from data.base import DataBundle
 from main import run
 from models.base import PrunableModel
 from models.cost import cost_model
+from models.merging import Reduction
 from models.token_cost import token_costs
 from prune.base import Scores
 from prune.gates import undisturbed
@@ -18,7 +20,7 @@ from prune.rankers.pare import Pare, careful
 from prune.ranking import ranked
 from prune.rewriting import applied, refuse_unreachable
 from prune.split.curves import promised, splits
-from prune.split.trials import Parts, divergence
+from prune.split.trials import Parts, answers, divergence
 from prune.structural import TEACHER
 from tests.adapters import ADAPTERS, bundle_of
 from tests.conftest import Compose
@@ -91,7 +93,8 @@ def test_trials_judge_on_samples_that_nothing_was_fitted_to() -> None:
 def test_divergence_is_the_mean_over_samples() -> None:
     model, data = small()
     other, total_macs = model.copy(), cost_model(model, data.example).total("macs")
-    other.reduce_tokens(careful(0.25, True).reduction(token_costs(model, data.example), total_macs))
+    tokens = token_costs(model, data.example)
+    other.reduce_tokens(careful(0.45, tokens).reduction(tokens, total_macs))
     batches = list(data.calibration)
     total, count = 0.0, 0
     with torch.no_grad(), undisturbed(model.network), undisturbed(other.network):
@@ -101,8 +104,9 @@ def test_divergence_is_the_mean_over_samples() -> None:
                 wanted, given = (m.logits(one).log_softmax(-1) for m in (model, other))
                 total += float((wanted.exp() * (wanted - given)).sum())
                 count += 1
-    assert divergence(model, other, data, batches) == pytest.approx(total / count, rel=5e-3)
-    assert divergence(model, model, data, batches) == pytest.approx(0, abs=1e-7)
+    dense = answers(model, batches)
+    assert divergence(dense, other, data, batches) == pytest.approx(total / count, rel=5e-3)
+    assert divergence(dense, model, data, batches) == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", ["toy_images", "deit", "bert", "llama", "resnet_basic"])
@@ -141,14 +145,55 @@ def test_the_split_follows_the_curves(tmp_path: Path) -> None:
     good, bad = [[0.1, 1e-9, 0], [0.7, 1e-8, 0]], [[0.1, 5.0, 0], [0.7, 50.0, 0]]
 
     def plan(units: list[list[float | int]], tokens: list[list[float | int]]):
-        return Pare(ratio=0.3).plan(model, Scores(scores.terms, {"units": units, "tokens": tokens}), costs)
+        return Pare(ratio=0.4).plan(model, Scores(scores.terms, {"units": units, "tokens": tokens}), costs)
 
     merged, cut = plan(bad, good), plan(good, bad)
     assert merged.keeps_all_units and merged.tokens is not None and merged.tokens.merges
     assert not cut.keeps_all_units and cut.tokens is None
-    assert cut.kept.keys() == Obs(ratio=0.3).plan(model, scores, costs).kept.keys()
+    assert cut.kept.keys() == Obs(ratio=0.4).plan(model, scores, costs).kept.keys()
     both = plan([[0.1, 0.01, 0], [0.7, 1.0, 0]], [[0.1, 0.01, 2], [0.7, 1.0, 2]])
-    assert not both.keeps_all_units and both.tokens is not None and 0 < both.details["ratio_of_units"] < 0.3
+    assert not both.keeps_all_units and both.tokens is not None and 0 < both.details["ratio_of_units"] < 0.4
+
+
+def test_what_the_last_block_computes_for_no_answer_goes_first(tmp_path: Path) -> None:
+    model, data = small()
+    costs, scores = cost_model(model, data.example), Obs().rank(model, data)
+    found = Scores(scores.terms, {"units": [[0.1, 5.0, 0]], "tokens": [[0.1, 1e-9, 0], [0.4, 1e-8, 0]]})
+    method = Pare(ratio=0.25)
+    plan = method.plan(model, found, costs)
+    assert plan.tokens == Reduction((0, 0), metric="tokens", importance=0.1, growth=0.1, front_only=True)
+    done = applied(method, model, plan, data, Store(tmp_path))
+    assert done.path is None, "there is nothing to make up for"
+    batch, *_ = data.validation
+    torch.testing.assert_close(done.model.logits(batch), model.logits(batch), atol=1e-5, rtol=0)
+    assert cost_model(done.model, data.example).total("macs") <= 0.75 * costs.total("macs")
+
+
+def test_consumers_are_refitted_where_tokens_merge(tmp_path: Path) -> None:
+    model, data = small()
+    costs, scores = cost_model(model, data.example), Obs().rank(model, data)
+    found = Scores(scores.terms, {"units": [[0.1, 5.0, 0]], "tokens": [[0.1, 1e-9, 0], [0.45, 1e-8, 0]]})
+    method = Pare(ratio=0.44)
+    plan = method.plan(model, found, costs)
+    done = applied(method, model, plan, data, Store(tmp_path))
+    assert done.plan.keeps_all_units and done.plan.details["repair"]["refit"] and done.model.reduction == plan.tokens
+    batches = list(data.calibration)
+    lost = [divergence(answers(model, batches), m, data, batches) for m in (done.model, method.apply(model, plan))]
+    assert lost[0] < 0.9 * lost[1]
+    plain = applied(replace(method, repair=()), model, plan, data, Store(tmp_path))
+    assert torch.equal(answers(plain.model, batches)[0], answers(method.apply(model, plan), batches)[0])
+
+
+def test_units_stay_where_the_last_block_alone_gives_the_ratio(tmp_path: Path) -> None:
+    model, data = small()
+    costs = cost_model(model, data.example)
+    scores = ranked(Pare(ratio=0.2), model, data, Store(tmp_path)).scores
+    least, *_ = scores.facts["tokens"]
+    assert least[0] > 0.3 and least[1] == pytest.approx(0, abs=1e-6), "asked was a tenth"
+    assert [at for at, *_ in scores.facts["tokens"]] == sorted({at for at, *_ in scores.facts["tokens"]})
+    for ratio in (0.05, 0.2, 0.3):
+        plan = Pare(ratio=ratio).plan(model, scores, costs)
+        assert plan.keeps_all_units and plan.tokens is not None and not plan.tokens.merges
 
 
 def test_rounds_and_tokens_do_not_go_together() -> None:
@@ -203,13 +248,14 @@ def test_a_model_that_merges_already_is_refused_before_anything_is_ranked() -> N
     model, data = small()
     merging = model.copy()
     whole = cost_model(model, data.example)
-    merging.reduce_tokens(careful(0.1, True).reduction(token_costs(model, data.example), whole.total("macs")))
+    tokens = token_costs(model, data.example)
+    merging.reduce_tokens(careful(0.4, tokens).reduction(tokens, whole.total("macs")))
     costs = cost_model(merging, data.example)
-    for method in (Pare(ratio=0.2), Obs(ratio=0.2, repair=("bias",))):
-        refuse_unreachable(method, model, whole)
-        with pytest.raises(InputError, match="prune.repair=.*are merged or dropped on their way"):
-            refuse_unreachable(method, merging, costs)
-    refuse_unreachable(Obs(ratio=0.2), merging, costs)
+    refuse_unreachable(Pare(ratio=0.2), model, whole)
+    with pytest.raises(InputError, match="prune=pare: tokens of model=.* are merged already; prune.tokens=false"):
+        refuse_unreachable(Pare(ratio=0.2), merging, costs)
+    for method in (Pare(ratio=0.2, tokens=False), Obs(ratio=0.2, repair=("bias",)), Obs(ratio=0.2)):
+        refuse_unreachable(method, merging, costs)
 
 
 def test_an_allocation_that_does_not_fit_is_refused_also_where_tokens_would_do(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from prune.tokens.tome import Tome
 from tests.adapters import ADAPTERS
 from tests.conftest import Compose
 from tests.test_contract import logits, random_plan
-from tests.test_merging import MODELS, SCHEDULES, merging, toy
+from tests.test_merging import MODELS, SCHEDULES, merging, toy, why_unfit
 from tests.test_real_weights import DATA, DEIT, FEW
 from utils.errors import InputError
 
@@ -172,6 +172,44 @@ def test_a_plan_reports_the_macs_of_the_model_it_makes() -> None:
     assert model.reduction is None
 
 
+def test_a_schedule_for_the_tokens_in_front_alone_merges_none_in_the_last_block() -> None:
+    found = planned(Tome(r=(4, 5), front_only=True))
+    assert found.tokens == Reduction((4, 5, 0), front_only=True) and found.token_counts == ((17, 13), (13, 8), (8, 1))
+    assert planned(Tome(r=4, front_only=True)).tokens == Reduction((4, 4, 0), front_only=True)
+    assert planned(Tome(r=4, inflection=-1.0, front_only=True)).tokens == Reduction((8, 0, 0), front_only=True)
+    whole = planned(Tome(r=(4, 5)))
+    assert found.ratio_reached > whole.ratio_reached
+    free = planned(Tome(ratio=0.0, front_only=True))
+    assert free.tokens == Reduction((0, 0, 0), front_only=True) and free.ratio_reached > 0 and not free.is_identity
+    with pytest.raises(InputError, match=r"merged=\[4, 5, 1\]: with front_only the last block must merge 0"):
+        Reduction((4, 5, 1), front_only=True)
+    with pytest.raises(InputError, match="has 3 entries, the model has 2 blocks"):
+        planned(Tome(r=(4, 5, 1), front_only=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"inflection": -0.5}, {"shape": "share"}])
+@pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5])
+def test_tokens_that_the_last_block_spares_are_kept_elsewhere(costs: TokenCosts, settings: dict, ratio: float) -> None:
+    total = costs.of(Reduction((0,) * 12))
+    whole, front = (Tome(ratio=ratio, front_only=f, **settings).reduction(costs, total) for f in (False, True))
+    assert front.front_only and front.merged[-1] == 0 and len(front.merged) == 12
+    assert ratio <= 1 - costs.of(front) / total < ratio + 0.02
+    assert sum(front.merged[:-1]) < sum(whole.merged[:-1])
+
+
+def test_a_head_that_reads_all_tokens_needs_them_all() -> None:
+    model, samples = MODELS["averaged"]()
+    costs = cost_model(model, {"inputs": samples["inputs"][:1]})
+    with pytest.raises(InputError, match="prune.front_only=true: must be false for a model whose head reads more"):
+        Tome(ratio=0.2, front_only=True).check(costs)
+
+
+def test_a_plan_with_all_its_settings_survives_a_file(tmp_path: Path) -> None:
+    plan = planned(Tome(ratio=0.5, metric="tokens", importance=0.1, growth=0.2, front_only=True))
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
 def test_a_model_without_tokens_is_refused_before_any_work() -> None:
     model, samples = ADAPTERS["bert"]()
     with pytest.raises(InputError, match="prune=tome: tokens of this model can't be merged: it has no tokens"):
@@ -193,7 +231,7 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
 def test_a_saved_model_merges_again(name: str, tmp_path: Path) -> None:
     model, samples = MODELS[name]()
     for number, schedule in enumerate(SCHEDULES.values()):
-        if schedule.importance and not model.class_token:
+        if why_unfit(model, schedule):
             continue
         small = merging(cut(model, random_plan(model, number)), schedule)
         folder = save_model(small, tmp_path / f"model{number}")

@@ -1,4 +1,4 @@
-"""The recipe that measurement found best without training: units that are missed least, refitted, and tokens merged.
+"""The recipe that measurement found best without training: units that are missed least, tokens merged, and a refit.
 
 How much units and tokens give is read off two curves, taken once on calibration data: how far the answers move when
 units alone go, and when tokens alone do. No label is looked at, nothing is trained.
@@ -20,11 +20,12 @@ import prune.tokens.tome
 from data.base import DataBundle
 from models.base import Batch, PrunableModel
 from models.cost import CostModel, cost_model
+from models.merging import Reduction
 from models.token_cost import TokenCosts
 from prune.base import Method, Plan, Scores
 from prune.rankers.obs import Obs
 from prune.repair.rebuild import Pair, rebuilt
-from prune.repair.repairs import CODE, Repair
+from prune.repair.repairs import CODE, Repair, Repairs
 from prune.repair.solvers import Refit
 from prune.rewriting import Applied
 from prune.sensitivity.allocation import content_of
@@ -42,13 +43,17 @@ from utils.storage import Scratch, Store
 UNITS, TOKENS = (0.1, 0.25, 0.45), (0.1, 0.25, 0.4, 0.5, 0.6, 0.7)
 # chosen on train images that no figure is reported on (docs/results.md)
 IMPORTANCE = GROWTH = 0.1
+# where tokens alone go, consumers hold this much more to their weights
+FIRM = 10.0
 # how merging falls along the blocks: by lines of these inflections, or (None) the same share of each block's tokens
 SHAPES = (None, -0.25, -0.6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pare(Obs):
-    """Units by optimal brain surgeon with refitted consumers, and tokens, where a model has some to merge.
+    """Units by optimal brain surgeon, and tokens, where a model has some to merge; consumers are refitted to the rest.
+
+    Where the head reads the class token alone, the last block is computed for it alone.
 
     Attributes:
         tokens: Whether tokens may be merged; they are under `budget=macs` with `kinds` null. False cuts units alone.
@@ -97,15 +102,22 @@ class Pare(Obs):
         def of_units(ratio: float, fitted: Sequence[Batch]) -> PrunableModel:
             return self._trial(replace(self, ratio=ratio), model, base, costs, fitted)
 
+        def merging(shape: float | None, ratio: float) -> Reduction:
+            return careful(ratio, tokens, shape).reduction(tokens, costs.total("macs"))
+
         def of_tokens(shape: float | None, ratio: float, fitted: Sequence[Batch]) -> PrunableModel:
-            reduction = careful(ratio, tokens.class_token, shape).reduction(tokens, costs.total("macs"))
             pruned = model.copy()
-            pruned.reduce_tokens(reduction)
+            pruned.reduce_tokens(merging(shape, ratio))
             return pruned
 
         units = tried(model, data, parts, [of_units], UNITS, "units tried")
         merged = tried(model, data, parts, [partial(of_tokens, shape) for shape in SHAPES], TOKENS, "tokens tried")
-        return Scores(base.terms, {**base.facts, "units": units, "tokens": merged})
+        # the least that can go may be more than was asked for
+        reached = {
+            1 - tokens.of(merging(SHAPES[way], at)) / costs.total("macs"): (lost, way) for at, lost, way in merged
+        }
+        points = [(at, *reached[at]) for at in sorted(reached)]
+        return Scores(base.terms, {**base.facts, "units": units, "tokens": points})
 
     def plan(self, model: PrunableModel, scores: Scores, costs: CostModel) -> Plan:
         """Units for their part of the ratio, then tokens until the budget is met."""
@@ -131,7 +143,7 @@ class Pare(Obs):
         left = cut_costs(tokens, model, {name: len(units) for name, units in kept.items()})
         shape = _nearest(scores.facts["tokens"], 1 - (1 - self.ratio) / (1 - share))
         try:
-            reduction = careful(self.ratio, tokens.class_token, shape).reduction(left, costs.total("macs"))
+            reduction = careful(self.ratio, tokens, shape).reduction(left, costs.total("macs"))
         except InputError:
             return None
         plan = Plan.of(
@@ -142,11 +154,25 @@ class Pare(Obs):
         return units._with_teacher(plan, combined, costs)
 
     def apply_on(self, model: PrunableModel, plan: Plan, data: DataBundle, store: Store) -> Applied:
-        """As for any method of units; without a unit gone there is nothing to make up for."""
-        if plan.keeps_all_units:
+        """As for any method of units; without a unit or a token gone there is nothing to make up for."""
+        if plan.keeps_all_units and not (plan.tokens and plan.tokens.merges):
             whole = replace(plan, details={name: value for name, value in plan.details.items() if name != TEACHER})
             return Applied(self.apply(model, whole), whole)
         return super().apply_on(model, plan, data, store)
+
+    def refuse(self, model: PrunableModel) -> None:
+        """Refuse a model that merges already, beside one that can't be repaired."""
+        super().refuse(model)
+        if self.merges and model.reduction is not None and model.reduction.merges:
+            raise InputError(
+                f"prune=pare: tokens of model={model.name} are merged already; prune.tokens=false cuts its units alone"
+            )
+
+    def _repairs(self, plan: Plan | None = None) -> Repairs:
+        found = super()._repairs(plan)
+        if plan is None or plan.tokens is None or not plan.keeps_all_units:
+            return found
+        return replace(found, ridge=FIRM * self.ridge)
 
     def _trial(
         self, method: "Pare", model: PrunableModel, scores: Scores, costs: CostModel, fitted: Sequence[Batch]
@@ -167,15 +193,16 @@ def _nearest(points: Sequence[tuple[float, float, int]], ratio: float) -> float 
     return SHAPES[min(points, key=lambda point: abs(point[0] - ratio))[2]] if points else None
 
 
-def careful(ratio: float, class_token: bool, inflection: float | None = None) -> Tome:
+def careful(ratio: float, tokens: TokenCosts, inflection: float | None = None) -> Tome:
     """Tokens compared by themselves; what the class token looks at, and what stands for many, is merged last.
 
     Args:
         ratio: Fraction of the MACs to remove.
-        class_token: Whether there is one to ask.
+        tokens: Of the model; says whether there is a class token to ask, and whether it alone is read.
         inflection: Of the line along which merging falls; None: the same share from every block.
     """
     return Tome(
         ratio=ratio, shape="share" if inflection is None else "line", inflection=inflection or 0.0,
-        metric="tokens", importance=IMPORTANCE if class_token else 0.0, growth=GROWTH,
+        metric="tokens", importance=IMPORTANCE if tokens.class_token else 0.0, growth=GROWTH,
+        front_only=tokens.reads_front,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 Two models run side by side on the calibration data: the teacher, whose outputs are wanted, and the student, which is
 rewritten on its way. At each consumer t and s are what the teacher and the student add its output to. What is wanted
 of the student's consumer is the teacher's output and, times `follow`, what its stream lacks: `y + follow * (t - s)`.
+Where the student merges tokens, a token is held against the mean of the teacher's tokens that it stands for.
 """
 
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.base import Batch, PrunableModel
+from models.merging import member_means
 from prune.gates import undisturbed
 from prune.repair.normal import Normal
 from prune.repair.rows import Reader, kept_outputs, readers
@@ -50,7 +52,7 @@ class Pair:
     """Two models that run side by side.
 
     Attributes:
-        teacher: What is wanted.
+        teacher: What is wanted; it merges no tokens.
         student: What is rewritten, in place.
         teacher_kept: Units of the dense model that the teacher has.
         student_kept: Units of it that the student has.
@@ -139,14 +141,27 @@ def _summed(
         gave = _wide(reader.given(mine.output, batch, first))
         rest = torch.zeros_like(gave)
         common, place = (index.to(gave.device) for index in outputs)
-        target = _wide(other.given(theirs.output, batch, first))
+        target = other.given(as_merged(_wide(theirs.output), mine), batch, first)
         rest[:, common] = target[:, place] - gave[:, common]
         if solver.follow and theirs.residual is not None and mine.residual is not None:
-            lack = reader.given(_wide(theirs.residual) - _wide(mine.residual), batch, first)
+            lack = reader.given(as_merged(_wide(theirs.residual), mine) - _wide(mine.residual), batch, first)
             rest += solver.follow * _unscaled(lack, mine.scale)
         x = reader.rows(mine.inputs, batch, first) if reader.columns else gave[:, :0]
         normal = normal.add(x, rest)
     return normal, given[0].scale
+
+
+def as_merged(wanted: Tensor, mine: Stop) -> Tensor:
+    """What a teacher has for all tokens, for those that the student's consumer gives something for.
+
+    Args:
+        wanted: (B, T, D), or maps of an image.
+        mine: Where the student stands; it may give (B, T - r, D), or only the first of these tokens.
+    """
+    if wanted.shape[1:-1] == mine.output.shape[1:-1] or wanted.ndim != 3:
+        return wanted
+    merged = wanted if mine.source is None else member_means(wanted, mine.source)
+    return merged[:, : mine.output.shape[1]]
 
 
 def _wide(tensor: Tensor) -> Tensor:

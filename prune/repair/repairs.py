@@ -14,6 +14,8 @@ from data.base import DataBundle, fingerprint_of
 from models import slicing
 from models.base import Batch, PrunableModel
 from models.biases import add_biases
+from models.keeping import Keeping
+from models.merging import Reduction
 from prune.base import Plan
 from prune.gates import calibration_of, undisturbed
 from prune.repair import batches, bias, gates, normal, rebuild, refit, rows, solvers, streams
@@ -67,6 +69,9 @@ def repaired(
 ) -> tuple[M, dict[str, Any], Fetched]:
     """Cut a model by a plan and make up for what is gone, or fetch that if it was done before.
 
+    Merged tokens are made up for as well: consumers are fitted on what merging leaves. Tokens that a plan drops go
+    after the repair.
+
     Args:
         repairs: What to do.
         model: The dense model; left as it was.
@@ -82,13 +87,14 @@ def repaired(
         InputError: If there is no calibration data, or the model can't be repaired so.
     """
     refuse_unrepairable(repairs, model)
-    units = replace(plan, tokens=None, token_counts=())
+    merges = isinstance(plan.tokens, Reduction)
+    units = plan if merges else replace(plan, tokens=None, token_counts=())
     key = repair_key(repairs, model, units, data, teacher)
     folder = f"{data.domain}/{folder_name(data.name)}/{folder_name(model.name)}"
     found = store.fetch(folder, "repaired", key, lambda scratch: _done(repairs, model, units, data, teacher, scratch))
     pruned = cut(model, units)
     write(pruned, found.artifact.tensors)
-    if plan.tokens is not None:
+    if plan.tokens is not None and not merges:
         pruned.reduce_tokens(plan.tokens)
     return pruned, found.artifact.facts, found
 
@@ -96,8 +102,8 @@ def repaired(
 def refuse_unrepairable(repairs: Repairs, model: PrunableModel) -> None:
     """Raise an InputError if a model can't be repaired in one of these ways."""
     what = f"prune.repair={list(repairs.steps)}"
-    if model.reduction is not None and model.reduction.merges:
-        raise InputError(f"{what}: tokens of model={model.name} are merged or dropped on their way; repair units first")
+    if isinstance(model.reduction, Keeping) and model.reduction.merges:
+        raise InputError(f"{what}: tokens of model={model.name} are dropped on their way; repair units first")
     rows.readers(model, what)
 
 
@@ -109,7 +115,9 @@ def repair_key(
     if "refit" in repairs.steps:
         settings |= {"ridge": repairs.ridge, "follow": repairs.follow}
     use_teacher = teacher is not None and "gates" in repairs.steps
+    merged = {"tokens": plan.tokens.to_json()} if isinstance(plan.tokens, Reduction) else {}
     return {
+        **merged,
         "settings": settings,
         "kept": _hash_of(plan.kept),
         "teacher": _hash_of(teacher) if use_teacher and teacher is not None else None,
@@ -174,12 +182,21 @@ def _step(
         return compensated(model, student, plan.kept, found, "prune.repair=[bias]")
     if step == "refit":
         solver: Solver = Refit(repairs.ridge, repairs.follow)
-        pair = Pair(model, student, _everything(model), plan.kept, model)
+        pair = Pair(unmerged(model), student, _everything(model), plan.kept, model)
         return rebuilt(pair, found, solver, "refit", scratch)
     wanted = _everything(model) if teacher is None else teacher
-    tutor = model if teacher is None else cut(model, Plan.of(model, wanted))
+    tutor = unmerged(model if teacher is None else cut(model, Plan.of(model, wanted)))
     last = last_of_neurons(student) if reads_first_token(student, found[0]) else None
     return rebuilt(Pair(tutor, student, wanted, plan.kept, model), found, GateTuning(last), "gates", scratch)
+
+
+def unmerged(model: M) -> M:
+    """The model if it merges no tokens, else a copy that merges none."""
+    if not isinstance(model.reduction, Reduction) or not (model.reduction.merges or model.reduction.front_only):
+        return model
+    whole = model.copy()
+    whole.reduce_tokens(replace(model.reduction, merged=(0,) * model.reduction.blocks, front_only=False))
+    return whole
 
 
 def _part(scratch: Scratch, step: str) -> Scratch:

@@ -3,7 +3,8 @@
 Each batch runs the model's own forward once, in a thread of its own, and stops where the consumer's output is first
 used: by then it is known what it is added to (the residual stream), and the output can still be replaced. Only one
 thread runs at a time, so nothing depends on their order. What a forward holds at its stop, and what the consumer read
-and gave, is held for all batches at once.
+and gave, is held for all batches at once. What the blocks of a network that merges tokens tell each other goes with
+its thread.
 
 Nothing here knows an architecture: a residual is whatever an addition adds to the output, behind views and scalings.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.base import Batch, PrunableModel
+from models.merging_flow import merging_flow
 from utils.errors import InputError, RunError
 from utils.hooks import hooked
 
@@ -39,6 +41,7 @@ class Stop:
         residual: What its scaled output is about to be added to; None where nothing is.
         scale: What it was multiplied by on the way, broadcast along the last dimension; None for one.
         root: What holds the scaled output: written to, it replaces the output for all that follows.
+        source: Which of its tokens each of the first tokens is part of, (B, T); None where none was merged.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Stop:
     root: Tensor
     residual: Tensor | None = None
     scale: Tensor | None = None
+    source: Tensor | None = None
 
     def replace(self, output: Tensor) -> None:
         """Let the forward go on with another output of the consumer."""
@@ -68,6 +72,7 @@ class Stream(threading.Thread):
     def __init__(self, model: PrunableModel, batch: Batch) -> None:
         super().__init__(daemon=True)
         self.model, self.batch = model, batch
+        self.flow, self.carried = merging_flow(model), None
         self.turn, self.stopped = threading.Semaphore(0), threading.Semaphore(0)
         self.pending: Stop | None = None
         self.leaving, self.ended = False, False
@@ -79,6 +84,8 @@ class Stream(threading.Thread):
         self._hand_over()
         if self.error is not None:
             raise self.error
+        if self.pending is not None and self.carried is not None:
+            self.pending.source = self.carried["source"]
         return self.pending
 
     def leave(self) -> None:
@@ -123,8 +130,12 @@ class Stream(threading.Thread):
             return
         if self.ident is None:
             self.start()
+        if self.flow is not None:
+            self.flow.resume(self.carried)
         self.turn.release()
         self.stopped.acquire()
+        if self.flow is not None:
+            self.carried = self.flow.held()
 
 
 class _Uses(TorchDispatchMode):
@@ -204,16 +215,21 @@ def streams(
         batches: Of valid samples and padding.
         inputs: Hold what consumers read; without, stops have none of it, and take less memory.
     """
-    found = [Stream(model, batch) for batch in batches]
+    found, flow = [Stream(model, batch) for batch in batches], merging_flow(model)
     hooks = [(model.network.get_submodule(name), _arrival(name, inputs)) for name in consumers]
     # behind the last block nothing is wanted, and the head of a language model is dear
     ends = [(model.network.get_submodule(name), _end) for name in _last_block(model, consumers)]
     with hooked(after=hooks), hooked(after=ends):
         try:
+            if flow is not None:
+                flow.tracked = True
             yield found
         finally:
             for stream in found:
                 stream.leave()
+            if flow is not None:
+                flow.tracked = False
+                flow.resume(None)
 
 
 def _last_block(model: PrunableModel, consumers: Sequence[str]) -> Sequence[str]:

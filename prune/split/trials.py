@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from data.base import DataBundle
 from models.base import Batch, PrunableModel
@@ -56,7 +57,7 @@ def tried(
     Returns:
         The ratio, the divergence, and which of the ways it was.
     """
-    wanted, found = list(ratios), []
+    wanted, found, dense = list(ratios), [], answers(model, parts.judged)
     with progress_bar(title, len(wanted) * len(trials)) as advance:
         for ratio in wanted:
             tries = []
@@ -65,7 +66,7 @@ def tried(
                     pruned = trial(ratio, parts.fitted)
                 except InputError:
                     continue
-                tries.append((divergence(model, pruned, data, parts.judged), number))
+                tries.append((divergence(dense, pruned, data, parts.judged), number))
                 advance(f"{ratio:g}")
             if not tries:
                 break
@@ -74,16 +75,30 @@ def tried(
 
 
 @torch.inference_mode()
-def divergence(dense: PrunableModel, pruned: PrunableModel, data: DataBundle, batches: Sequence[Batch]) -> float:
-    """How far a model's answers are from the dense one's, the mean over samples."""
-    total, samples, portions = 0.0, 0, Portions("divergence")
-    with undisturbed(dense.network), undisturbed(pruned.network):
+def answers(model: PrunableModel, batches: Sequence[Batch]) -> list[Tensor]:
+    """What a model answers to each batch; models whose tokens merge answer with little, one row a sample."""
+    found, portions = [], Portions("answers")
+    with undisturbed(model.network):
         for batch in batches:
 
-            def part(rows: range, batch: Batch = batch) -> float:
-                placed = dense.place(rows_of(batch, rows))
-                return float(data.task.divergence(pruned.logits(placed), dense.logits(placed), 1.0)) * len(rows)
+            def part(rows: range, batch: Batch = batch) -> Tensor:
+                return model.logits(model.place(rows_of(batch, rows)))
 
-            total += sum(portions.each(samples_in(batch), part))
-            samples += samples_in(batch)
-    return total / max(samples, 1)
+            found.append(torch.cat(list(portions.each(samples_in(batch), part))))
+    return found
+
+
+@torch.inference_mode()
+def divergence(wanted: Sequence[Tensor], pruned: PrunableModel, data: DataBundle, batches: Sequence[Batch]) -> float:
+    """How far a model's answers are from those wanted, the mean over samples.
+
+    Args:
+        wanted: The dense model's `answers`, batch by batch.
+        pruned: The model.
+        data: Says what a divergence is.
+        batches: Samples.
+    """
+    total = 0.0
+    for given, right in zip(answers(pruned, batches), wanted, strict=True):
+        total += float(data.task.divergence(given, right, 1.0)) * len(right)
+    return total / max(sum(map(len, wanted)), 1)

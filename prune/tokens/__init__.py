@@ -1,1 +1,4 @@
-"""Token reduction: schedules, and one file a method. The mechanism itself is in `models/merging.py`."""
+"""Token reduction: schedules, and one file a method.
+
+The mechanism itself is in `models/merging.py` and `models/merging_flow.py`.
+"""

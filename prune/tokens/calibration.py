@@ -19,6 +19,7 @@ from prune.tokens.rules import Above
 from prune.tokens.selection import spread, threshold_at
 from utils.errors import InputError
 from utils.memory import restarted
+from utils.progress import followed
 
 # below this part of their median, scores tell tokens apart by rounding alone
 LEAST_SPREAD = 1e-3
@@ -91,7 +92,7 @@ def _scores_at(model: PrunableModel, batches: Sequence[Batch], keeping: Keeping,
             raise _Enough
 
     with listening(model, keeping, listen) as flow:
-        for batch in batches:
+        for batch in followed("token scores", batches):
             try:
                 model.logits(model.place(batch))
             except _Enough:
@@ -147,7 +148,7 @@ def _measured(model: PrunableModel, batches: Sequence[Batch], keeping: Keeping, 
 
     counts, dense = [], []
     with listening(model, keeping, listen if scored else None) as flow:
-        for batch in batches:
+        for batch in followed("token counts", batches):
             model.logits(model.place(batch))
             flow.check()
             assert flow.seen is not None

@@ -28,7 +28,8 @@ def cut_costs(costs: TokenCosts, model: PrunableModel, kept: Mapping[str, int]) 
         block, weights = blocks[group.layer], gone * weights_per_unit(model, group)
         if group.pairwise_features:
             pairs = block.pairs - gone * group.pairwise_features
-            blocks[group.layer] = replace(block, attention=block.attention - weights, pairs=pairs)
+            keys = block.keys - gone * group.key_weights
+            blocks[group.layer] = replace(block, attention=block.attention - weights, pairs=pairs, keys=keys)
         else:
             blocks[group.layer] = replace(block, mlp=block.mlp - weights)
     return replace(costs, blocks=tuple(blocks))

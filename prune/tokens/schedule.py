@@ -42,7 +42,7 @@ def listed(merged: Sequence[int], blocks: int) -> Schedule:
 
 def even(total: int, blocks: int) -> Schedule:
     """The same number in every block, and one more in the first ones, until `total` are given out."""
-    each, more = divmod(total, blocks)
+    each, more = divmod(total, max(blocks, 1))
     return tuple(each + (layer < more) for layer in range(blocks))
 
 
@@ -87,8 +87,9 @@ def shared(steps: int, tokens: int, protected: int, blocks: int) -> Schedule:
 
 
 def from_ratio(
-    costs: TokenCosts, total: int, ratio: float, min_tokens: int, given_out: GivenOut | None = None
-) -> Schedule:
+    costs: TokenCosts, total: int, ratio: float, min_tokens: int, given_out: GivenOut | None = None,
+    front_only: bool = False,
+) -> Schedule:  # fmt: skip
     """The smallest schedule of a kind that removes at least a fraction of a model's MACs.
 
     More tokens merged anywhere leave fewer in every later block, so the MACs fall along the
@@ -100,18 +101,20 @@ def from_ratio(
         ratio: Fraction to remove.
         min_tokens: Tokens left at least after every block.
         given_out: The kind: schedules by number, none of which leaves more tokens anywhere than those before it, and
-            the number of the last one. None: `even`.
+            the number of the last one. None: `even`. They have one entry less than there are blocks with `front_only`.
+        front_only: Whether the last block asks for the protected tokens alone; it then merges none.
 
     Raises:
         InputError: If no schedule removes that much; it names the largest ratio that can be had.
     """
-    blocks, limit = len(costs.blocks), Budget("macs", ratio).limit(total)
+    blocks, limit = len(costs.blocks) - front_only, Budget("macs", ratio).limit(total)
 
     of, last = given_out or (partial(even, blocks=blocks), blocks * mergeable(costs.tokens, costs.protected))
 
     def at(given: int) -> tuple[int, Schedule]:
-        merged = reachable(of(given), costs.tokens, costs.protected, min_tokens)
-        return costs.of(Reduction(merged)), merged
+        schedule = (*of(given), 0) if front_only else of(given)
+        merged = reachable(schedule, costs.tokens, costs.protected, min_tokens)
+        return costs.of(Reduction(merged, front_only=front_only)), merged
 
     low, high = 0, last
     if (least := at(high)[0]) > limit:

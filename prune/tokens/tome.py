@@ -38,6 +38,9 @@ class Tome:
         metric: What tokens are compared by: their `keys`, as published, or the `tokens` themselves.
         importance: How much the class token's attention to its members speaks against a pair.
         growth: How much the number of tokens that it would stand for speaks against a pair.
+        front_only: Whether the last block computes queries and MLP for the class token (and what else is protected)
+            alone. It merges none then, and the answers stay exactly what they were. Only where the head reads no
+            other token.
     """
 
     r: Whole | tuple[Whole, ...] | None = None
@@ -49,6 +52,7 @@ class Tome:
     metric: Metric = "keys"
     importance: NonNegative = 0.0
     growth: NonNegative = 0.0
+    front_only: bool = False
 
     name: ClassVar[str] = "tome"
     ranks: ClassVar[bool] = False
@@ -101,7 +105,9 @@ class Tome:
             InputError: If the model can't have that schedule.
         """
         merged = self._merged(tokens, total)
-        return Reduction(merged, "mlp", self.proportional, self.metric, self.importance, self.growth)
+        return Reduction(
+            merged, "mlp", self.proportional, self.metric, self.importance, self.growth, self.front_only
+        )  # fmt: skip
 
     @property
     def _ratio(self) -> float:
@@ -110,15 +116,19 @@ class Tome:
     def _merged(self, tokens: TokenCosts, total: int) -> Schedule:
         if self.importance and not tokens.class_token:
             raise InputError(f"prune.importance={self.importance}: must be 0 for a model without a class token")
+        if self.front_only and not tokens.reads_front:
+            raise InputError(
+                "prune.front_only=true: must be false for a model whose head reads more than tokens in front"
+            )
         least = tokens.protected + 1 if self.min_tokens is None else self.min_tokens
+        blocks = len(tokens.blocks) - self.front_only
         if self.r is None:
-            return from_ratio(tokens, total, self._ratio, least, self._given_out(tokens))
-        blocks = len(tokens.blocks)
+            return from_ratio(tokens, total, self._ratio, least, self._given_out(tokens, blocks), self.front_only)
         merged = linear(self.r, self.inflection, blocks) if isinstance(self.r, int) else listed(self.r, blocks)
-        return reachable(merged, tokens.tokens, tokens.protected, least)
+        whole = (*merged, 0) if self.front_only else merged
+        return reachable(whole, tokens.tokens, tokens.protected, least)
 
-    def _given_out(self, tokens: TokenCosts) -> GivenOut | None:
-        blocks = len(tokens.blocks)
+    def _given_out(self, tokens: TokenCosts, blocks: int) -> GivenOut | None:
         if self.shape == "share":
             return partial(shared, tokens=tokens.tokens, protected=tokens.protected, blocks=blocks), STEPS // 2
         if self.inflection:
