@@ -36,6 +36,7 @@ from prune.ranking import ranked
 from prune.recovery.base import TrainedRecovery
 from prune.recovery.distill import Distill
 from prune.recovery.finetune import Finetune
+from prune.recovery.lora import Lora
 from prune.sensitivity.method import Sensitivity
 from prune.surgery import cut
 from prune.weights.matrices import prunable_matrices
@@ -54,6 +55,7 @@ from utils.launched import launched
 from utils.storage import Artifact, Store
 
 Found = dict[str, Any]
+ADAPTIVE: dict[str, Any] = {"epochs": 3, "learning_rate": 0.01}
 STEADY: dict[str, Any] = {"epochs": 3, "optimizer": "sgd", "learning_rate": 0.05, "average": 0.5}
 
 
@@ -142,6 +144,7 @@ def timed(folder: Path) -> Found:
 
 
 def recovered(way: Callable[[], TrainedRecovery], name: str, folder: Path) -> Found:
+    """What a recovery ends with: weights, losses, right answers."""
     model, data = sample(name)
     recovery = way()
     if world_size() == 1:
@@ -150,7 +153,16 @@ def recovered(way: Callable[[], TrainedRecovery], name: str, folder: Path) -> Fo
     pruned = cut(model, random_plan(model, 0))
     done = recovery.recover(pruned, model, data, Store(folder / kind), seed=0)
     losses = [row["train_loss"] for row in done.history[1:]]
-    return {**done.model.network.state_dict(), "train_loss": torch.tensor(losses, dtype=torch.float64)}
+    metrics = {"a": Accuracy(), "l": Loss()} if name == "deit" else {}
+    (measured,) = zip(*evaluate([done.model], data, metrics), strict=True) if metrics else ((),)
+    figures = {n: m.value for of in measured for n, m in of.items()}
+    numbers = torch.tensor([*losses, figures.get("loss", 0.0)], dtype=torch.float64)
+    return {**done.model.network.state_dict(), "losses": numbers, "right": figures.get("accuracy")}
+
+
+def but_for_keys(found: Found) -> Found:
+    """Without the biases of attention's keys: softmax makes their gradients zero, so that only rounding moves them."""
+    return {name: value for name, value in found.items() if not name.endswith("qkv.bias")}
 
 
 def masked_shards(folder: Path) -> Found:
@@ -233,6 +245,10 @@ CASES: dict[str, Callable[[Path], Found]] = {
         lambda: Finetune(**STEADY, sharded=True, grad_checkpointing=True), "llama", folder
     ),
     "masked_shards": masked_shards,
+    "lora": lambda folder: recovered(lambda: Lora(**STEADY), "deit", folder),
+    "lora_llama": lambda folder: recovered(lambda: Lora(**STEADY), "llama", folder),
+    "lora_adamw": lambda folder: but_for_keys(recovered(lambda: Lora(**ADAPTIVE), "deit", folder)),
+    "adamw": lambda folder: but_for_keys(recovered(lambda: Finetune(**ADAPTIVE), "deit", folder)),
     "resumed": lambda folder: resumed(False, folder),
     "resumed_shards": lambda folder: resumed(True, folder),
 }

@@ -84,7 +84,7 @@ class Runner:
 
     def close(self) -> None:
         """End it."""
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=300)
 
 
 @contextmanager

@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from tests.test_config import problems
 from tests.test_sweep import rows_of
 from utils import engines
 from utils.compose import hydra_node
-from utils.engines import EXTRAS, engine_problems, reach_workers
+from utils.engines import EXTRAS, engine_environment, engine_problems, reach_workers
 from utils.errors import InputError
 from utils.sweeping import prepared, take_resume, with_overrides
 
@@ -54,7 +51,7 @@ def test_a_missing_extra_is_one_line_with_its_command(arguments: tuple[str, ...]
     file = found.rpartition("pip install -r ")[2]
     pins = [line for line in (ROOT / file).read_text().splitlines() if line and line[0] not in "#-"]
     assert pins and all("==" in pin for pin in pins), "exact pins"
-    (packages,) = [names for extra, names in EXTRAS.values() if file == f"requirements-{extra}.txt"]
+    packages = next(names for extra, names in EXTRAS.values() if file == f"requirements-{extra}.txt")
     assert all(any(pin.split("==")[0].split("[")[0] == name for pin in pins) for name in packages)
 
 
@@ -76,6 +73,10 @@ def test_a_sqlalchemy_that_is_too_new_is_named(monkeypatch) -> None:
         (("hydra/launcher=joblib", "hydra.launcher.jobs=2"), "hydra.launcher has no key 'jobs'; did you mean"),
         (("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=0"), "timeout_min=0: must be at least 1"),
         (("hydra/launcher=ray", "hydra.launcher.ray.init.num_cpus=0"), "num_cpus=0: must be at least 1"),
+        (
+            ("hydra/launcher=ray", "hydra.launcher.ray.init.address=auto", "hydra.launcher.ray.init.num_cpus=2"),
+            "hydra.launcher.ray.init.num_cpus=2: with address=auto it must be null",
+        ),
         (("hydra/launcher=jobli",), "did you mean 'joblib'?"),
         (("prune.ratio=interval(0.1,0.5)",), "an interval needs a sweeper that searches it: hydra/sweeper=optuna"),
         ((*SEARCH[1:], "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials=0: must be at least 1"),
@@ -118,6 +119,21 @@ def test_workers_find_the_project(monkeypatch) -> None:
     seen.clear()
     reach_workers(ROOT, seen.__setitem__)
     assert seen == {}
+
+
+def test_a_token_is_shown_to_a_cluster_that_is_joined(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hydra = OmegaConf.create({"launcher": {"ray": {"init": {"address": "10.0.0.1:6379"}}}})
+    assert engine_environment(hydra, {}) == {}, "there is no token"
+    shown = {"RAY_AUTH_MODE": "token"}
+    assert engine_environment(hydra, {"RAY_AUTH_TOKEN_PATH": "/x"}) == shown
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").touch()
+    assert engine_environment(hydra, {}) == shown and engine_environment(hydra, {"RAY_AUTH_MODE": "disabled"}) == {}
+    for address in (None, "local"):
+        hydra.launcher.ray.init.address = address
+        assert engine_environment(hydra, {}) == {}
+    assert engine_environment(OmegaConf.create({"launcher": {"n_jobs": 2}}), {}) == {}
 
 
 def test_a_sweep_knows_its_folder_before_it_starts(tmp_path: Path, monkeypatch) -> None:
@@ -211,21 +227,3 @@ def test_an_optuna_search_for_real(tmp_path: Path) -> None:
     assert call(*more, f"resume={sweep}", cwd=tmp_path).returncode == 0
     rows = rows_of(sweep)
     assert [row["status"] for row in rows] == ["ok"] * 5 and len({row["prune.ratio"] for row in rows}) == 5
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_a_sweep_of_processes_with_130(tmp_path: Path) -> None:
-    needs("hydra_plugins", "hydra_plugins.hydra_joblib_launcher")
-    from tests.test_sweep import until
-
-    sweep = tmp_path / "sweep"
-    long = ["recover=finetune", "recover.epochs=1,100000", "evals=[accuracy]", f"hydra.sweep.dir={sweep}"]
-    line = [sys.executable, str(ROOT / "main.py"), "-m", *FAST, *long, *ENGINES["joblib"][0]]
-    running = subprocess.Popen(line, cwd=tmp_path, start_new_session=True)
-    try:
-        until(lambda: (sweep / "1" / "plan.json").is_file() and (sweep / "0" / "result.json").is_file(), seconds=240)
-        os.killpg(running.pid, signal.SIGINT)
-        assert running.wait(120) == 130
-    finally:
-        running.kill()
-    assert [row["status"] for row in rows_of(sweep)][0] == "ok"

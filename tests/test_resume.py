@@ -119,8 +119,20 @@ def test_half_written_files_of_a_killed_sweep_do_not_hide_its_jobs(sweep: Path, 
     assert [job.number for job in missing(asked, sweep, loader)] == [1, 3, 4], "folder 2 is of nobody knows what"
 
 
+def test_files_made_to_hurt_are_unreadable_ones(sweep: Path, loader: ConfigLoader) -> None:
+    """Anchors that stand for 10^9 values, nesting, bytes that are no text; the table names them all the same."""
+    laughing = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10))]
+    asked = jobs_of(TYPED, None, loader)
+    for bad in ("\n".join(laughing).encode(), b"[" * 100_000, b"\xff\x00", b'- "prune'):
+        (sweep / "2" / ".hydra" / "overrides.yaml").write_bytes(bad)
+        assert [job.number for job in missing(asked, sweep, loader)] == [1, 2, 3]
+        assert [row["job"] for row in sweeps.rebuild(sweep)] == [0, 1, 2]
+    (sweep / "multirun.yaml").write_bytes(b"[" * 100_000)
+    assert [job.number for job in missing(asked, sweep, loader)] == [1, 3, 4]
+
+
 def test_only_a_whole_good_result_is_done(tmp_path: Path) -> None:
-    for text in (None, "", "{", "[]", '"ok"', '{"status": "failed"}', "{}", '{"status": "ok"}'):
+    for text in (None, "", "{", "[" * 100_000, "[]", '"ok"', '{"status": "failed"}', "{}", '{"status": "ok"}'):
         if text is not None:
             (tmp_path / "result.json").write_text(text)
         assert not is_done(tmp_path)

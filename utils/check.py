@@ -7,7 +7,8 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from itertools import count
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,6 +20,9 @@ from utils.signature import Signature, TargetError, read_signature
 from utils.targets import why_refused
 
 UNKNOWN = "<unresolved>"
+# references may name each other, so that a few lines stand for any number of values
+MOST_VALUES, MOST_DEEP = 5_000, 64
+CONVERSIONS = ("none", "partial", "object", "all")
 RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
@@ -37,7 +41,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
     and ranges, targets that do not exist, and interpolations that lead nowhere. A mistake
     that other keys inherit by `${...}` is reported once, where it stands.
     """
-    plain, problems = _resolved(cfg)
+    plain, problems = resolved(cfg)
     for key, rule in ROOT_RULES.items():
         value = plain.get(key)
         if value != "???" and (broken := broken_rule(value, rule)):
@@ -71,27 +75,37 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"{meant}there is: {', '.join(names)}" if names else "there is none"
 
 
-def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
+def resolved(cfg: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
     """Convert to plain Python; a value that can't be resolved is reported and left unknown."""
     problems: list[Problem] = []
+    seen = count()
 
-    def value_at(node: Any, key: Any, path: str) -> Any:
+    def value_at(node: Any, key: Any, path: str, depth: int) -> Any:
         if OmegaConf.is_missing(node, key):
             return "???"
+        if (number := next(seen)) >= MOST_VALUES or depth > MOST_DEEP:
+            if number <= MOST_VALUES:
+                rule = f"must be at most {MOST_VALUES} values, at most {MOST_DEEP} deep, with all references followed"
+                problems.append(Problem(path, f"{_cut(path)}: {rule}"))
+            return UNKNOWN
         try:
-            return walk(node[key], path)
+            return walk(node[key], path, depth + 1)
         except (OmegaConfBaseException, RecursionError) as error:
-            problems.append(Problem(path, f"{path}: {str(error).splitlines()[0]}"))
+            problems.append(Problem(path, f"{_cut(path)}: {str(error).splitlines()[0]}"))
             return UNKNOWN
 
-    def walk(node: Any, path: str) -> Any:
+    def walk(node: Any, path: str, depth: int) -> Any:
         if OmegaConf.is_list(node):
-            return [value_at(node, i, f"{path}[{i}]") for i in range(len(node))]
+            return [value_at(node, i, f"{path}[{i}]", depth) for i in range(len(node))]
         if OmegaConf.is_dict(node):
-            return {str(key): value_at(node, key, f"{path}.{key}".lstrip(".")) for key in node}
+            return {str(key): value_at(node, key, f"{path}.{key}".lstrip("."), depth) for key in node}
         return node
 
-    return walk(cfg, ""), problems
+    return walk(cfg, "", 0), problems
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:80]}… ({len(text)} characters)"
 
 
 def _root_problems(plain: Mapping[str, Any]) -> Iterator[Problem]:
@@ -160,6 +174,7 @@ def _target_problems(node: Mapping[str, Any], path: str) -> Iterator[Problem]:
     except (TargetError, SyntaxError) as error:
         yield Problem(f"{path}._target_", f"{path}._target_={target}: {error}")
         return
+    yield from _calling_problems(node, path)
     given = {key: value for key, value in node.items() if key not in RESERVED}
     for key, value in given.items():
         yield from _argument_problems(signature, str(target), f"{path}.{key}", key, value)
@@ -167,6 +182,19 @@ def _target_problems(node: Mapping[str, Any], path: str) -> Iterator[Problem]:
         missing = [n for n, p in signature.parameters.items() if p.required and n not in given]
         for name in missing:
             yield Problem(f"{path}.{name}", f"{path}.{name}: no value given; {target} needs it")
+
+
+def _calling_problems(node: Mapping[str, Any], path: str) -> Iterator[Problem]:
+    """Hydra's own keys that say how a target is called."""
+    rules = {"_args_": None, "_partial_": bool, "_recursive_": bool, "_convert_": Literal[CONVERSIONS]}
+    for key, rule in rules.items():
+        if key not in node or node[key] == UNKNOWN:
+            continue
+        why = "is not taken; give every argument by its name" if rule is None else broken_rule(node[key], rule)
+        if key == "_partial_" and node[key] is True and path.count(".") == path.startswith("evals."):
+            why = "must be false: a component is built, and not left for later"
+        if why:
+            yield Problem(f"{path}.{key}", f"{path}.{key}={_shown(node[key])}: {why}")
 
 
 def _argument_problems(signature: Signature, target: str, path: str, key: str, value: object) -> Iterator[Problem]:

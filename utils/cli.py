@@ -52,6 +52,7 @@ def launch(main: Callable[[], None], config_dir: Path, expand: Callable[[Sequenc
         expand: Puts overrides into the command line that an argument stands for.
     """
     cover_output()
+    heed_interrupts()
     asked = [] if speaks() else note_termination()
     try:
         typed, resume = take_resume(sys.argv[1:])
@@ -88,6 +89,7 @@ def launch(main: Callable[[], None], config_dir: Path, expand: Callable[[Sequenc
     else:
         sys.argv[1:] = with_overrides(sys.argv[1:], sweep.overrides)
         reach_workers(config_dir.parent)
+        os.environ |= sweep.environment
         # a launcher's idle workers must be told in Python's own order
         sys.exit(swept(main, sweep))
 
@@ -103,6 +105,8 @@ def swept(main: Callable[[], None], sweep: Sweep) -> int:
         code = INTERRUPTED
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else RUN_FAILED
+        if code == TERMINATED:
+            print(KEPT.replace("interrupted", "terminated"), file=sys.stderr)
     good = close(sweep.folder)
     return code if code != DONE or good else RUN_FAILED
 
@@ -115,6 +119,23 @@ def end_on_termination() -> None:
         raise SystemExit(TERMINATED)
 
     signal.signal(signal.SIGTERM, end)
+
+
+def heed_interrupts() -> None:
+    """Let SIGINT interrupt where a shell has a background process ignore it, unless a terminal may send it.
+
+    Without a terminal nobody presses Ctrl-C for another process: whoever sends it means this one.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and not _has_terminal():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def refuse(lines: Sequence[str], asked: Sequence[int] = ()) -> NoReturn:

@@ -24,8 +24,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.check import find_problems, suggest
+from utils.check import find_problems, resolved, suggest
 from utils.config import ROOT_RULES
+from utils.config_files import config_file_problems, searched_folders
 from utils.engines import engine_problems, searches
 from utils.rules import broken_rule
 from utils.secrets import COVER, redacted, why_secret, why_secret_key
@@ -34,10 +35,12 @@ from utils.targets import engine_refusals
 # OmegaConf lets bare ValueErrors, AttributeErrors and AssertionErrors of odd values through
 CANNOT_COMPOSE = (
     HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError, OSError,
-    yaml.YAMLError,
+    yaml.YAMLError, RecursionError,
 )  # fmt: skip
 MOST_STAND_INS = 256
 MOST_JOBS = 10_000
+# reading what nests takes time and stack for every level
+LONGEST_OVERRIDE, MOST_NESTED = 50_000, 24
 SHIPPED = Path(__file__).parent.parent / "configs"
 
 
@@ -60,27 +63,41 @@ class CommandLine:
 def command_line_problems(line: CommandLine) -> list[str]:
     """List every mistake of a command line over all of its jobs; an empty list means none."""
     if line.extra_dir is not None and not Path(line.extra_dir).is_dir():
-        return [f"--config-dir={line.extra_dir}: must be an existing folder"]
+        return [f"--config-dir={printable(line.extra_dir)}: must be an existing folder"]
     if not (line.config_dir / f"{line.config_name}.yaml").is_file():
-        return [f"--config-name={line.config_name}: there is no such file in {line.config_dir}"]
+        return [f"--config-name={printable(line.config_name)}: there is no such file in {line.config_dir}"]
     if secret := [said for override in line.overrides if (said := _secret(override))]:
         return secret
     if unreadable := [o for o in line.overrides if not _can_be_read(o)]:
         rule = "must be key=value; quote values with spaces or special characters: 'key=\"a value\"'"
-        return [f"{redacted(_short(override))}: cannot be read; it {rule}" for override in unreadable]
+        return [f"{printable(redacted(_short(override)))}: cannot be read; it {rule}" for override in unreadable]
+    if foreign := [said for folder in _foreign_folders(line) for said in config_file_problems(folder)]:
+        return foreign
     with initialize_config_dir(str(line.config_dir.absolute()), version_base="1.3"):
         try:
             jobs = list(_jobs(line))
             distinct = list(dict.fromkeys(override for job in jobs for override in job))
             misused = dict(_misused_groups(distinct))
         except CANNOT_COMPOSE as error:
-            return [redacted(_first_line(error))]
+            return [printable(redacted(_first_line(error)))]
         rest = [[override for override in job if override not in misused] for job in jobs]
         compose_job = JobComposer(line.config_name)
         found = [problem for job in rest for problem in _job_problems(line, job, compose_job)]
         engines = [] if found or misused else _engine_problems(line, rest[0], compose_job)
         called = _called_problems(line)
-    return [redacted(problem) for problem in dict.fromkeys([*misused.values(), *found, *called, *engines])]
+    return [printable(redacted(text)) for text in dict.fromkeys([*misused.values(), *found, *called, *engines])]
+
+
+def _foreign_folders(line: CommandLine) -> list[Path]:
+    """Folders of settings that are not the shipped ones."""
+    given = [Path(line.extra_dir)] if line.extra_dir is not None else []
+    given += [] if line.config_dir.resolve() == SHIPPED else [line.config_dir]
+    asked = [override for override in line.overrides if "hydra.searchpath" in override]
+    for override in OverridesParser.create().parse_overrides(asked):
+        found = override.value()
+        places = [str(place) for place in found] if isinstance(found, list) else []
+        given += [Path(place.removeprefix("file://")) for place in places if not place.startswith("pkg://")]
+    return given + searched_folders(line.config_dir / f"{line.config_name}.yaml")
 
 
 def _secret(override: str) -> str | None:
@@ -90,16 +107,30 @@ def _secret(override: str) -> str | None:
     return f"{redacted(key)}={COVER}: {why}" if why else None
 
 
+def printable(text: str) -> str:
+    """The text with characters that would steer a terminal, or can't be written, as their codes."""
+    shown = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return text if text.isprintable() else "".join(shown)
+
+
 def _short(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:80]}… ({len(text)} characters)"
 
 
 def _can_be_read(override: str) -> bool:
+    if len(override) > LONGEST_OVERRIDE or _nested(override) > MOST_NESTED:
+        return False
     try:
         OverridesParser.create().parse_override(override)
-    except HydraException:
+    except (HydraException, ValueError, RecursionError):  # Python reads no number of thousands of digits
         return False
     return True
+
+
+def _nested(text: str) -> int:
+    """How many brackets are open at most, or parts of a key follow each other."""
+    opened = itertools.accumulate((char in "[{(") - (char in ")}]") for char in text)
+    return max(max(opened, default=0), text.partition("=")[0].count("."))
 
 
 def _loader() -> ConfigLoader:
@@ -251,8 +282,8 @@ def _called_problems(line: CommandLine) -> list[str]:
     if not changed and line.config_dir.resolve() == SHIPPED:
         return []
     node = hydra_node(line, with_extra_dir(line))
-    plain = OmegaConf.to_container(node, resolve=False) if node is not None else {}
-    return list(engine_refusals(plain)) if isinstance(plain, dict) else []
+    # resolved, since a reference may stand for a whole node
+    return list(engine_refusals(resolved(node)[0])) if node is not None else []
 
 
 def _engine_problems(line: CommandLine, job: list[str], compose_job: JobComposer) -> list[str]:

@@ -24,6 +24,7 @@ class Config:
     storage: str = "storage"
     save: bool = False
     summary: bool = False
+    joules: str = "counters"
     model: Any = MISSING
     data: Any = MISSING
     prune: Any = MISSING
@@ -41,6 +42,7 @@ ROOT_RULES: dict[str, Any] = {
     "storage": WritableFolder,
     "save": bool,
     "summary": bool,
+    "joules": Literal["counters", "estimate"],
 }
 
 ConfigStore.instance().store(name="root", node=Config)

@@ -87,6 +87,11 @@ def _exchanged(owned: Iterable[tuple[int, T]], work: Callable[[T], Parcel]) -> I
     yield from (found[number] for number in sorted(found))
 
 
+def own_share(count: int) -> int:
+    """How many of so many items fall to this process where they take turns."""
+    return len(range(rank(), count, world_size()))
+
+
 class Turns:
     """Gives pieces of work of known sizes, one after the other, to the process that has least to do so far."""
 

@@ -20,8 +20,9 @@ from utils.rules import Count, NonNegative, Positive, Range, Whole, broken_rule
 # the packages that a plugin or a sweeper's target stands for, and the requirements file that installs them
 EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "hydra_plugins.hydra_joblib_launcher.": ("joblib", ("hydra-joblib-launcher", "joblib")),
-    "hydra_plugins.hydra_ray_launcher.": ("ray", ("hydra-ray-launcher", "ray")),
+    "hydra_plugins.pare.cluster.": ("ray", ("hydra-ray-launcher", "ray")),
     "hydra_plugins.hydra_submitit_launcher.": ("submitit", ("hydra-submitit-launcher", "submitit")),
+    "hydra_plugins.pare.local_jobs.": ("submitit", ("hydra-submitit-launcher", "submitit")),
     "hydra_plugins.pare.search.": ("optuna", ("hydra-optuna-sweeper", "optuna", "sqlalchemy")),
 }
 Workers = Annotated[int, Range(-1)]
@@ -99,7 +100,12 @@ def engine_problems(hydra: DictConfig, metrics: Sequence[str]) -> list[str]:
     for part in ("launcher", "sweeper"):
         target = str(OmegaConf.select(hydra, f"{part}._target_"))
         found += _not_installed(f"hydra/{part}={chosen.get(f'hydra/{part}')}", target)
-    return found + list(_broken_rules(hydra)) + (_search_problems(hydra, metrics) if searches(hydra) else [])
+    return (
+        found
+        + list(_broken_rules(hydra))
+        + list(_not_of_a_joined(hydra))
+        + (_search_problems(hydra, metrics) if searches(hydra) else [])
+    )
 
 
 def _not_installed(choice: str, target: str) -> list[str]:
@@ -133,6 +139,36 @@ def _broken_rules(hydra: DictConfig) -> Iterator[str]:
             yield f"hydra.{key}={plain}: {broken}"
     if OmegaConf.select(hydra, "launcher.n_jobs") == 0:
         yield "hydra.launcher.n_jobs=0: must be at least 1, or -1 for one a core"
+
+
+def _joined_cluster(hydra: DictConfig) -> str | None:
+    """The address of the Ray cluster that a sweep joins; None where it starts one, or none is asked for."""
+    address = OmegaConf.select(hydra, "launcher.ray.init.address")
+    return None if address in (None, "local") else str(address)
+
+
+def _not_of_a_joined(hydra: DictConfig) -> Iterator[str]:
+    """Sizes that a running cluster has already."""
+    if (address := _joined_cluster(hydra)) is None:
+        return
+    for name in ("num_cpus", "num_gpus", "object_store_memory"):
+        value = OmegaConf.select(hydra, f"launcher.ray.init.{name}")
+        if value is not None:
+            rule = "must be null, as a running cluster has its own; `ray start` sets it"
+            yield f"hydra.launcher.ray.init.{name}={value}: with address={address} it {rule}"
+
+
+def engine_environment(hydra: DictConfig, known: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables that a launcher needs and nobody has set.
+
+    `ray start` asks for a token where there is one on its machine (a cluster that a sweep started has left it), but
+    Ray shows it by itself only to a cluster that it found itself, and not to one by address.
+    """
+    if _joined_cluster(hydra) is None or "RAY_AUTH_MODE" in known:
+        return {}
+    given = any(name in known for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    there = given or Path("~/.ray/auth_token").expanduser().is_file()
+    return {"RAY_AUTH_MODE": "token"} if there else {}
 
 
 def _search_problems(hydra: DictConfig, metrics: Sequence[str]) -> list[str]:

@@ -7,15 +7,29 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from utils.errors import RunError
 from utils.locks import is_alive, place
+from utils.progress import LARGE, followed
+
+PIECE = 16 * 10**6
 
 # what says that the place, and not the program, is at fault
 REFUSALS = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
 }
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Say why a folder can't be made, or nothing be made in it, or None; nothing is left behind."""
+    there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=there, prefix=".writable-"))
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -32,7 +46,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=prefix)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
+                _write(file, content, path.name)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(partial, 0o644)
@@ -45,6 +59,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write(file: BinaryIO, content: bytes, name: str) -> None:
+    """Write all at once, or with a bar where that takes a while."""
+    if len(content) < LARGE:
+        file.write(content)
+        return
+    view = memoryview(content)
+    for start in followed(f"write {name} (16 MB pieces)", range(0, len(content), PIECE)):
+        file.write(view[start : start + PIECE])
 
 
 def remove_abandoned(path: Path) -> None:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from utils.config_files import why_too_large
 from utils.errors import InputError
 
 SWEEP_FILE = "multirun.yaml"
@@ -56,7 +58,7 @@ def is_done(job: Path) -> bool:
     try:
         found = json.loads((job / "result.json").read_bytes())
         return found["status"] == "ok" and {"dense", "pruned"} <= found.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -64,21 +66,41 @@ def started_jobs(sweep: Path, loader: ConfigLoader) -> list[Numbered]:
     """The jobs that have a folder and say what they were given."""
     found = []
     for folder in job_folders(sweep):
-        try:
-            given = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
-            if not OmegaConf.is_list(given):
-                continue
-            (job,) = jobs_of([str(line) for line in given], None, loader)
-        except UNREADABLE:
+        if (given := given_to(folder)) is None:
             continue  # killed while it wrote them: the sweep's own file knows
+        try:
+            (job,) = jobs_of(given, None, loader)
+        except UNREADABLE:
+            continue
         found.append(Numbered(int(folder.name), job))
     return found
+
+
+def given_to(job: Path) -> list[str] | None:
+    """The overrides that a job's folder says it was given; None where that can't be read."""
+    try:
+        given = _loaded(job / ".hydra" / "overrides.yaml")
+    except UNREADABLE:
+        return None
+    return [str(line) for line in given] if OmegaConf.is_list(given) else None
+
+
+def _loaded(path: Path) -> Any:
+    """A YAML file of a sweep.
+
+    Raises:
+        ValueError: If it stands for too much, or is no text.
+    """
+    text = path.read_text(encoding="utf-8")
+    if why := why_too_large(text):
+        raise ValueError(f"{path}: {why}")
+    return OmegaConf.create(text)
 
 
 def typed_for(sweep: Path) -> tuple[list[str], dict[str, str]] | None:
     """The overrides that a sweep was started with, and its sweeper's own; None where its file can't be read."""
     try:
-        hydra = OmegaConf.load(sweep / SWEEP_FILE).hydra
+        hydra = _loaded(sweep / SWEEP_FILE).hydra
         params = hydra.sweeper.get("params") or {}
         return [str(line) for line in hydra.overrides.task], {str(k): str(v) for k, v in params.items()}
     except UNREADABLE:

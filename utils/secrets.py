@@ -21,7 +21,8 @@ NAMES = re.compile(
 SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bsk-[\w-]{20,}|\bAKIA[A-Z0-9]{16}\b"
 )
-ADDRESS = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)(?P<who>[^\s/@:'\"]*:[^\s/@'\"]+|[^\s/@:'\"]+)@")
+# the length of a scheme is bounded, as every letter of a long text would be tried as the beginning of one
+ADDRESS = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]{0,30}://)(?P<who>[^\s/@:'\"]*:[^\s/@'\"]+|[^\s/@:'\"]+)@")
 QUERY = re.compile(r"(?P<name>[?&](?:\w*token|api_?key|key|password|secret|signature)=)[^&\s'\"]+", re.IGNORECASE)
 SECRET_KEYS = re.compile(r"(?:^|[._])(?:api_?key|(?:hf|hub|access|auth)_?token|password|passwd|secret)$", re.IGNORECASE)
 ENV_SET = "hydra.job.env_set."

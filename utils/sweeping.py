@@ -1,7 +1,7 @@
 """A sweep on the command line: where its folder is, what of it is still to do, and how it ends."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra import initialize_config_dir
@@ -10,8 +10,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from utils.compose import CommandLine, hydra_node, is_sweep, with_extra_dir
-from utils.engines import searches
+from utils.engines import engine_environment, searches
 from utils.errors import InputError
+from utils.files import why_not_writable
 from utils.from_python import written
 from utils.jobs import differences, jobs_of, missing, typed_for
 
@@ -26,11 +27,13 @@ class Sweep:
         folder: Where it leaves its files, absolute, so that a job may run anywhere.
         overrides: What Hydra is told beyond what was typed.
         left: How many jobs are to be done; None where only the sweeper knows.
+        environment: Variables that its launcher needs.
     """
 
     folder: Path
     overrides: list[str]
     left: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def take_resume(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -72,17 +75,28 @@ def prepared(line: CommandLine, resume: Path | None) -> Sweep | None:
         if not is_sweep(line, overrides):
             if resume is not None:
                 raise InputError(f"{RESUME}{resume}: goes on with a sweep, which needs -m")
+            if (node := hydra_node(line, overrides)) is not None:
+                _refuse_unwritable("hydra.run.dir", Path(str(node.run.dir)).absolute())
             return None
         hydra = hydra_node(line, overrides)
         assert hydra is not None
+        needed = engine_environment(hydra)
         folder = Path(str(hydra.sweep.dir) if resume is None else resume).absolute()
         place = f"hydra.sweep.dir={written('hydra.sweep.dir', str(folder))}"
+        _refuse_unwritable("hydra.sweep.dir" if resume is None else "resume", folder)
         if resume is None:
-            return Sweep(folder, [place])
+            return Sweep(folder, [place], environment=needed)
         if searches(hydra):
             _refuse_another_search(line.overrides, resume)
-            return Sweep(folder, [place])
-        return Sweep(folder, [place, "hydra/sweeper=resume"], _count_missing(line, hydra, resume))
+            return Sweep(folder, [place], environment=needed)
+        left = _count_missing(line, hydra, resume)
+        return Sweep(folder, [place, "hydra/sweeper=resume"], left, needed)
+
+
+def _refuse_unwritable(key: str, folder: Path) -> None:
+    """A place that nothing can be left in is found before any work."""
+    if why := why_not_writable(folder):
+        raise InputError(f"{key}={folder}: cannot be written ({why}); must be a folder that can")
 
 
 def _count_missing(line: CommandLine, hydra: DictConfig, resume: Path) -> int:

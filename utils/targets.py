@@ -5,6 +5,7 @@ libraries a command, so that a target is looked at in its source before anything
 """
 
 import ast
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from utils.signature import (
 )
 
 PROJECT = Path(__file__).parent.parent
-OWN = ("models", "data", "prune", "evals", "utils", "main", "benchmarks")
+OWN = ("models", "data", "prune", "evals", "utils", "main", "benchmarks", "tests", "hydra_plugins")
 # where this project's own components of a group lie, and what an object of the group must be able to do
 HOMES: Mapping[str, tuple[str, ...]] = {
     "model": ("models.",),
@@ -41,15 +42,14 @@ ABILITIES: Mapping[str, frozenset[str]] = {
     "tracker": frozenset({"log"}),
 }
 BUNDLE, TRAINING = "DataBundle", "utils.training.Training"
-ENGINES = (
-    "hydra._internal.core_plugins.",
-    "hydra.experimental.callbacks.",
-    "hydra_plugins.",
-    "evals.sweep.SweepReport",
-)
+# what tells Hydra's launchers and sweepers, and Optuna's samplers; a callback has methods that begin with `on_`
+ENGINE_METHODS = frozenset({"launch", "sweep", "sample_independent"})
+EXTRAS = ("hydra_plugins", "optuna")
 LOG_CLASSES = ("logging.", "rich.logging.", "colorlog.")
+# variables that decide what Python, the system's loader or a program that is started would load
+LOADING, LOADING_NAMES = ("LD_", "DYLD_", "PYTHON", "GIT_"), ("PATH", "BROWSER", "BASH_ENV", "ENV", "SHELL")
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
-LOG_KEYS = ("class", "()")
+LOG_KEYS = ("class", "()", "queue", "listener")
 
 
 def why_refused(target: object, path: str) -> str | None:
@@ -175,36 +175,100 @@ def _wanted(group: str | None) -> str:
 
 def engine_refusals(hydra: Mapping[Any, Any]) -> Iterator[str]:
     """What Hydra's own part of a configuration would call that is no engine, callback or log handler."""
+    yield from _callback_mistakes(hydra.get("callbacks"))
+    if not isinstance(hydra.get("verbose", False), bool | str | list):
+        yield f"hydra.verbose={hydra['verbose']}: must be true, false, or names of loggers"
     for part in ("launcher", "sweeper", "callbacks"):
         for path, node in _nodes(hydra.get(part), f"hydra.{part}"):
             target = node.get("_target_")
             if target is not None and (why := _why_no_engine(target)):
                 yield f"{path}._target_={target}: {why}"
+    yield from _variable_refusals(hydra.get("job"))
     for part in ("job_logging", "hydra_logging"):
+        yield from _log_mistakes(f"hydra.{part}", hydra.get(part))
         for path, node in _nodes(hydra.get(part), f"hydra.{part}"):
             yield from _log_refusals(path, node)
 
 
+def _callback_mistakes(callbacks: object) -> Iterator[str]:
+    """Callbacks that are none, or are given what they don't take."""
+    for name, node in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        path = f"hydra.callbacks.{name}"
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            yield f"{path}={node}: must be a mapping with a _target_"
+        elif _why_no_engine(node["_target_"]) is None:
+            signature = read_signature(node["_target_"])
+            unknown = [key for key in node if key not in signature.parameters and not str(key).startswith("_")]
+            rule = f"takes no such key; there is: {', '.join(signature.parameters) or 'none'}"
+            yield from () if signature.open_ended else (f"{path}.{key}: {node['_target_']} {rule}" for key in unknown)
+
+
 def _why_no_engine(target: object) -> str | None:
     rule = "must be a launcher, a sweeper or a callback of Hydra"
-    if not isinstance(target, str) or "${" in target or target.split(".")[0] in sys.stdlib_module_names:
+    if not isinstance(target, str) or "${" in target:
         return rule
-    if target.startswith(ENGINES):
-        return None
     found = definition_of(target)
     if found is None:
-        return None if _home_of(target) is None else rule
+        return None if _is_absent(target) else rule  # what is not installed is named with its package
     methods = methods_of(*found) or set()
-    return None if methods & {"launch", "sweep"} or any(name.startswith("on_") for name in methods) else rule
+    return None if methods & ENGINE_METHODS or any(name.startswith("on_") for name in methods) else rule
+
+
+def _is_absent(target: str) -> bool:
+    """Whether an extra's package is not there; Hydra's folder of plugins holds packages and no names of its own."""
+    first, *rest = target.split(".")
+    if first not in EXTRAS or not rest:
+        return False
+    return find_module(first) is None or (first == "hydra_plugins" and find_module(f"{first}.{rest[0]}") is None)
+
+
+def _variable_refusals(job: object) -> Iterator[str]:
+    """Variables of the environment that would make a process load something of the configuration's choice."""
+    given = job.get("env_set") if isinstance(job, Mapping) else None
+    for name, value in given.items() if isinstance(given, Mapping) else ():
+        if str(name).upper().startswith(LOADING) or str(name).upper() in LOADING_NAMES:
+            rule = "must not be set by a configuration, as it decides what programs load; set it in the environment"
+            yield f"hydra.job.env_set.{name}={value}: {rule}"
+
+
+def _log_mistakes(path: str, node: object) -> Iterator[str]:
+    """Levels that are none, a version that is not known, and loggers whose handlers are not there."""
+    if not isinstance(node, Mapping):
+        return
+    if node.get("version", 1) != 1:
+        yield f"{path}.version={node['version']}: must be 1"
+    given = node.get("handlers")
+    handlers = list(given) if isinstance(given, Mapping) else []
+    for name, part in [("root", node.get("root")), *_parts(node, "loggers"), *_parts(node, "handlers")]:
+        if not isinstance(part, Mapping):
+            continue
+        level = part.get("level")
+        if level is not None and not isinstance(level, int) and level not in logging.getLevelNamesMapping():
+            yield f"{path}.{name}.level={level}: must be a level of logging, such as INFO"
+        for handler in part.get("handlers") or ():
+            if handler not in handlers:
+                rule = f"must be handlers of {path}.handlers: {', '.join(map(str, handlers))}"
+                yield f"{path}.{name}.handlers=[{handler}]: {rule}"
+
+
+def _parts(node: Mapping[Any, Any], kind: str) -> list[tuple[str, object]]:
+    parts = node.get(kind)
+    return [(f"{kind}.{name}", part) for name, part in parts.items()] if isinstance(parts, Mapping) else []
 
 
 def _log_refusals(path: str, node: Mapping[Any, Any]) -> Iterator[str]:
     for key, value in node.items():
         where = f"{path}.{key}={value}"
-        if key in LOG_KEYS and not str(value).startswith(LOG_CLASSES):
+        if key in LOG_KEYS and not isinstance(value, Mapping) and not _is_log_class(str(value)):
             yield f"{where}: must be a class of {', '.join(name[:-1] for name in LOG_CLASSES)}"
         if isinstance(value, str) and value.startswith("ext://") and value not in LOG_STREAMS:
             yield f"{where}: must be one of {', '.join(LOG_STREAMS)}"
+
+
+def _is_log_class(target: str) -> bool:
+    """Whether a class of one of the libraries of logs is named; what one of their modules imports is none."""
+    found = definition_of(target) if target.startswith(LOG_CLASSES) else None
+    return found is not None and isinstance(found[1], ast.ClassDef) and f"{found[0].name}.".startswith(LOG_CLASSES)
 
 
 def _nodes(node: object, path: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -142,14 +143,15 @@ def fit(
     stopped: str | None = None
     if scratch is not None and (left := scratch.load()) is not None:
         loop.restore(left)
-    with random_state_restored(), progress_bar(title, settings.epochs, done=len(loop.history)) as advance:
+    steps, note = len(batches), ""
+    with random_state_restored(), progress_bar(title, settings.epochs * steps, len(loop.history) * steps) as advance:
         for epoch in range(len(loop.history) + 1, settings.epochs + 1):
             if patience is not None and len(loop.history) - loop.best_epoch >= patience:
                 stopped = f"no epoch after {loop.best_epoch} was better, {patience} were waited for"
                 break
             seed_everything((1_000_003 * seed + epoch) % 2**32)
             try:
-                row = loop.run_epoch(epoch)
+                row = loop.run_epoch(epoch, partial(advance, f"epoch {epoch} {note}"))
             except NotFiniteError as error:
                 if not keep_good:
                     raise
@@ -157,7 +159,7 @@ def fit(
                 break
             if scratch is not None and epoch < settings.epochs:
                 scratch.save(loop.state())
-            advance(" ".join(f"{k} {v:.3f}" for k, v in row.items() if k not in ("epoch", "learning_rate")))
+            note = " ".join(f"{k} {v:.3f}" for k, v in row.items() if k not in ("epoch", "learning_rate"))
     load_whole(network, loop.good)
     network.eval()
     return Trained(loop.history, loop.best_epoch, loop.best, loop.good, loop.seconds, stopped)
@@ -191,12 +193,15 @@ class _Loop:
         on = settings.mixed_precision == "on" or (settings.mixed_precision == "auto" and device == "cuda")
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=on)
 
-    def run_epoch(self, epoch: int) -> dict[str, float]:
+    def run_epoch(self, epoch: int, stepped: Callable[[], object]) -> dict[str, float]:
         start = time.perf_counter()
         self.batches.set_epoch(epoch)
         self.network.train()
         first = (epoch - 1) * len(self.batches)
-        losses = [self._step(batch, first + step) for step, batch in enumerate(self.batches)]
+        losses = []
+        for step, batch in enumerate(self.batches):
+            losses.append(self._step(batch, first + step))
+            stepped()
         stacked = torch.stack(losses)
         train_loss = float((mean_of(stacked) if self.divided else stacked).mean())
         self._refuse_not_finite("", train_loss, epoch)
