@@ -13,7 +13,10 @@ from utils.errors import InputError
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Fraction correct on the validation split, with its standard error and the chance level."""
+    """Fraction correct on the validation split, with its standard error and the chance level.
+
+    Which samples are right is left beside the record, for paired comparisons (`python -m evals.paired`).
+    """
 
     divides: ClassVar[bool] = True
 
@@ -34,7 +37,7 @@ class Accuracy:
     def _accuracy(self, subject: Subject) -> Measurement:
         figures = subject.figures
         if "accuracy" in figures:
-            return measured(figures["accuracy"])
+            return measured(figures["accuracy"], subject)
         own = ", ".join(figures)
         why = f"data={subject.data.name} is scored by {own}; evals=[quality] measures them"
         return Measurement(None, "fraction", reason=why)

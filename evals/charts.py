@@ -19,6 +19,7 @@ def charts_of(runs: Mapping[str, Result]) -> list[Chart]:
         ("pareto", "Quality against cost", pareto),
         ("speed", "Speed-up over the dense model, with 95% interval", speed),
         ("layers", "Units kept in each layer", layers),
+        ("scores", "Scores of the units in each layer", scores),
         ("tokens", "Tokens in each block", tokens),
         ("zeros", "Zeros in each block", zeros),
         ("time", "Where the time goes", time_by_kind),
@@ -96,15 +97,64 @@ def _share_kept(groups: Sequence[Mapping[str, Any]]) -> float:
     return sum(g["kept"] for g in groups) / (sum(g["count"] for g in groups) or 1)
 
 
+def scores(runs: Mapping[str, Result]) -> Iterator[View]:
+    """Boxes of the scores of kept and removed units by layer: one view for each run, term and kind of unit."""
+    for name, result in runs.items():
+        rows = result.get("scores") or []
+        for term, kind in dict.fromkeys((row["term"], row["kind"]) for row in rows):
+            own = [row for row in rows if (row["term"], row["kind"]) == (term, kind)]
+            several = len({row["layer"] for row in own}) < len(own)
+            sides = (("kept", "series-0"), ("removed", "series-1"))
+            boxes = [_boxes(side, own, "name" if several else "layer", role) for side, role in sides]
+            what = f"{kind}s by {term}" if term != result.get("method") else f"{kind}s"
+            more = {"boxmode": "group", "log_y": _wide([five for row in own for five in _fives(row)])}
+            yield _view(_named(runs, name, what), [box for box in boxes if box["x"]], "layer", f"{term} score", more)
+
+
+def _fives(row: Mapping[str, Any]) -> list[Sequence[float]]:
+    return [row[side] for side in ("kept", "removed") if row[side]]
+
+
+def _wide(fives: Sequence[Sequence[float]]) -> bool:
+    """Whether scores are positive and spread over more than a factor of ten."""
+    lowest, highest = min(five[0] for five in fives), max(five[-1] for five in fives)
+    return 0 < 10 * lowest < highest
+
+
+def _boxes(side: str, rows: Sequence[Mapping[str, Any]], at: str, role: str) -> dict[str, Any]:
+    """One box a layer, from the least, the quartiles and the most."""
+    there = [row for row in rows if row[side]]
+    parts = zip(("lowerfence", "q1", "median", "q3", "upperfence"), range(5), strict=True)
+    return {
+        "type": "box", "name": side, "role": role, "x": [row[at] for row in there],
+        **{part: [row[side][i] for row in there] for part, i in parts},
+    }  # fmt: skip
+
+
 def tokens(runs: Mapping[str, Result]) -> Iterator[View]:
-    """Tokens that enter attention and MLP of each block."""
+    """Tokens that enter attention and MLP of each block, as planned, and where data decides also as measured."""
     for name, result in runs.items():
         rows = (result.get("plan") or {}).get("tokens") or []
         if rows:
-            at = [row["layer"] for row in rows]
-            halves = ((half, [row[half] for row in rows], f"series-{i}") for i, half in enumerate(("attention", "mlp")))
-            traces = [_bars(half, at, counts, role) for half, counts, role in halves]
-            yield _view(_named(runs, name, "tokens"), traces, "block", "tokens", {"barmode": "group"})
+            yield _view(_named(runs, name, "tokens"), _halves(rows), "block", "tokens", {"barmode": "group"})
+        counted = (result["pruned"].get("macs") or {}).get("kept_tokens") or []
+        if counted:
+            what = "tokens of the validation samples, with the 95th percentile"
+            yield _view(_named(runs, name, what), _halves(counted), "block", "tokens", {"barmode": "group"})
+
+
+def _halves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Bars for attention and MLP of each block; with a line up to the 95th percentile where counts are spread."""
+    traces = []
+    for number, half in enumerate(("attention", "mlp")):
+        found = [row[half] for row in rows]
+        means = [one["mean"] if isinstance(one, Mapping) else one for one in found]
+        bars = _bars(half, [row["layer"] for row in rows], means, f"series-{number}")
+        if isinstance(found[0], Mapping):
+            above = [max(0.0, one["p95"] - one["mean"]) for one in found]
+            bars |= {"error_y": {"type": "data", "symmetric": False, "array": above, "arrayminus": [0] * len(above)}}
+        traces.append(bars)
+    return traces
 
 
 def zeros(runs: Mapping[str, Result]) -> Iterator[View]:

@@ -13,12 +13,13 @@ from typing import Any
 
 from evals.page import page
 from evals.protocols import differing
-from evals.values import change, shown, unit_of
+from evals.values import change, finite, shown, unit_of
 from utils.errors import InputError
 from utils.files import write_atomically
 
 Result = dict[str, Any]
 NEEDED = ("status", "config", "config_hash", "environment", "fingerprints", "dense", "pruned", "versions", "device")
+MAPPINGS = ("config", "environment", "fingerprints", "dense", "pruned", "versions", "device")
 
 
 def compare(folders: Sequence[Path], out: Path, other_calibration: bool = False) -> dict[str, Result]:
@@ -73,13 +74,28 @@ def read_result(folder: Path) -> Result:
         InputError: If it is damaged, or from before configuration and machine were kept with the figures.
     """
     try:
-        found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        found = finite(json.loads((folder / "result.json").read_text(encoding="utf-8")))
         missing = [key for key in NEEDED if key not in found]
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise InputError(f"evals.compare: {folder}/result.json is damaged ({error!r})") from error
     if missing:
         raise InputError(f"evals.compare: {folder}/result.json has no {', '.join(missing)}; run it again")
+    if odd := misshapen(found):
+        raise InputError(f"evals.compare: {folder}/result.json is damaged: {odd}")
     return found
+
+
+def misshapen(found: Result) -> str | None:
+    """What part of a result is of another kind than a run leaves; None if there is none."""
+    mappings = {**{key: found[key] for key in MAPPINGS}, **{key: found.get(key) or {} for key in ("plan", "data")}}
+    mappings["config: evals"] = mappings["config"].get("evals") or {} if isinstance(mappings["config"], dict) else {}
+    for side in ("dense", "pruned"):
+        inner = found[side].items() if isinstance(found[side], dict) else ()
+        mappings |= {f"{side}: {name}": measured for name, measured in inner}
+    odd = next((key for key, value in mappings.items() if not isinstance(value, dict)), None)
+    if odd is not None:
+        return f"{odd} must hold values by name"
+    return None if "data" in found["fingerprints"] else "fingerprints must name the data"
 
 
 def named(folders: Sequence[Path]) -> dict[str, Result]:
@@ -201,8 +217,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         runs = compare(given.runs, given.out, given.other_calibration)
-    except InputError as error:
-        print(error, file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(error if isinstance(error, InputError) else f"--out={given.out}: {error}", file=sys.stderr)
         return 2
     print(f"{len(runs)} runs: {given.out / 'report.html'}")
     return 0

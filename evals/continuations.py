@@ -46,7 +46,9 @@ def nucleus(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Ten
     Returns:
         (B, V) in float32, each row sums to 1.
     """
-    shares, order = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    # from the largest down, which no temperature makes infinite
+    below = logits.float() - logits.float().amax(dim=-1, keepdim=True)
+    shares, order = (below / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     before = shares.cumsum(dim=-1) - shares
     kept = torch.where(before < top_p, shares, 0.0)
     kept[:, 0] = shares[:, 0]

@@ -13,14 +13,16 @@ from data.base import DataBundle
 from data.corpus import token_hash
 from evals.base import Measurement, Measurements, Subject
 from evals.compressed import ONLY_COMPRESSED, only_compressed
-from evals.decode_runs import DecodeRun
+from evals.decode_runs import DecodeRun, compiled_graphs
 from evals.harness import Timed
 from evals.prompts import batch_of_prompts, refuse_beyond_context, why_not_decodable
 from evals.semi_structured import Probe, probed, sparse_kernels, sparse_linears, why_not_sparse
-from evals.timing import Protocol, time_interleaved
+from evals.timing import Protocol, steps_of, time_interleaved
 from evals.timing_statistics import Timings, comparison, statistics_ms
 from models.base import PrunableModel
 from utils.errors import InputError
+from utils.memory import out_of_memory
+from utils.progress import progress_bar
 from utils.rules import Count, Positive, check_fields
 
 UNITS = {"prefill": "ms", "first_token": "ms", "decode": "tokens/s", "kv_cache": "byte"}
@@ -64,7 +66,8 @@ class Decode:
     from token ids on the host to the first new id on the host, timed as such; `decode_batch_<n>`, tokens/s of
     the steps after it at a fixed output length (no end-of-sequence token stops it); `kv_cache_batch_<n>`, bytes of the
     cache's tensors at the end. `weight_memory`: bytes of all parameters and buffers. Compiled figures carry
-    `compiled_` before `batch`; their cache has its full length from the start.
+    `compiled_` before `batch`; their cache has its full length from the start, and `compile_seconds` says how long
+    compiling took, which happens before anything is timed.
 
     A model that differs from the dense one by zeros in its weights alone is not timed: null, compression only,
     unless `semi_structured` finds layers that a sparse kernel serves faster.
@@ -146,9 +149,9 @@ class Decode:
         assert entrant.run
         try:
             entrant.digest = token_hash(entrant.run.ready())
-        except torch.OutOfMemoryError:
-            return Entrant(subject, reason=f"out of memory at batch {setting.batch}")
         except Exception as error:  # what a compiler lacks shows as its own error
+            if out_of_memory(error):
+                return Entrant(subject, reason=beyond_memory(setting))
             if not setting.compiled:
                 raise
             return Entrant(subject, reason=f"torch.compile failed: {first_line(error)}")
@@ -184,10 +187,19 @@ class Decode:
             found.append(self._refusal(name, rows, entrant, probes))
             if found[-1] is None:
                 timed.append((number, entrant, probes))
-        timings = self._time([(entrant, probes) for _, entrant, probes in timed], call_of)
+        graphs = compiled_graphs()
+        try:
+            timings = self._time(f"{name}, {setting.tag}", [(entrant, probes) for _, entrant, probes in timed], call_of)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            nothing = Measurement(None, UNITS[name], beyond_memory(setting))
+            return [figure or nothing for figure in found]
+        again = compiled_graphs() - graphs if setting.compiled else 0
         for (number, entrant, probes), timing in zip(timed, timings, strict=True):
             reference = timings[0] if timed[0][0] == 0 else None
-            found[number] = self._measured(name, setting, entrant, probes, timing, reference)
+            figure = self._measured(name, setting, entrant, probes, timing, reference)
+            found[number] = figure if not again else compiled_meanwhile(figure, again)
         return [figure for figure in found if figure is not None]
 
     def _refusal(self, name: str, rows: int, entrant: Entrant, probes: Sequence[Probe]) -> Measurement | None:
@@ -200,6 +212,7 @@ class Decode:
 
     def _time(
         self,
+        title: str,
         entrants: Sequence[tuple[Entrant, Sequence[Probe]]],
         call_of: Callable[[DecodeRun], Callable[[], object]],
     ) -> list[Timings]:
@@ -210,7 +223,8 @@ class Decode:
             for entrant, probes in entrants:
                 stack.enter_context(sparse_kernels(entrant.linears or {}, probes))
             calls = [call_of(entrant.run) for entrant, _ in entrants if entrant.run]
-            return time_interleaved(calls, entrants[0][0].subject.model.device, protocol)
+            advance = stack.enter_context(progress_bar(title, steps_of(protocol, len(calls)), still=True))
+            return time_interleaved(calls, entrants[0][0].subject.model.device, protocol, advance)
 
     def _measured(
         self,
@@ -223,6 +237,8 @@ class Decode:
     ) -> Measurement:
         median = statistics.median(timing.all_ms)
         details: dict[str, Any] = {**self._shape(setting), **statistics_ms(timing)}
+        if entrant.run is not None and entrant.run.compile_seconds is not None:
+            details["compile_seconds"] = entrant.run.compile_seconds
         if reference is not None:
             details |= comparison(reference, timing)
         if probes:
@@ -238,7 +254,12 @@ class Decode:
     def _cache(self, setting: Setting, entrant: Entrant) -> Measurement:
         if entrant.run is None:
             return Measurement(None, UNITS["kv_cache"], entrant.reason)
-        held = entrant.run.cache_bytes()
+        try:
+            held = entrant.run.cache_bytes()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return Measurement(None, UNITS["kv_cache"], beyond_memory(setting))
         return Measurement(held, UNITS["kv_cache"], details=self._shape(setting), how=HOW["kv_cache"])
 
     def _shape(self, setting: Setting) -> dict[str, Any]:
@@ -261,6 +282,16 @@ def first_token(run: DecodeRun) -> Callable[[], object]:
 def decode(run: DecodeRun) -> Callable[[], object]:
     """The call that writes all tokens after the first."""
     return run.decode
+
+
+def beyond_memory(setting: Setting) -> str:
+    """Why there is no figure where memory was too small."""
+    return f"out of memory at batch {setting.batch}"
+
+
+def compiled_meanwhile(figure: Measurement, graphs: int) -> Measurement:
+    """No figure, since some of the time went into compiling."""
+    return Measurement(None, figure.unit, f"torch.compile made {graphs} more graphs while it was timed", figure.details)
 
 
 def weight_memory(model: PrunableModel) -> Measurement:

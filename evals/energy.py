@@ -1,9 +1,8 @@
 """Energy of inference: by a counter of the hardware where there is one; an estimate beside it, never in its place."""
 
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,7 +11,8 @@ import torch
 from data.base import DataBundle
 from evals.base import Measurement, Measurements, Subject
 from evals.compressed import ONLY_COMPRESSED, only_compressed
-from evals.meters import Meter, Reading, codecarbon, counters
+from evals.energy_windows import Call, Found, Lengths, idle_facts, power_drift, take_turns
+from evals.meters import Meter, codecarbon, counters
 from evals.prompts import batch_of_prompts, on_device, refuse_beyond_context, why_not_decodable
 from evals.timing_statistics import interval_of
 from models.base import PrunableModel
@@ -20,24 +20,7 @@ from models.decoding import Decoding, generate
 from utils.errors import InputError
 from utils.rules import Count, Positive, check_fields
 
-Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Window:
-    """One stretch of steady work: what it took, how long, and how much was done."""
-
-    reading: Reading
-    seconds: float
-    units: int
-
-
-@dataclass
-class Found:
-    """All windows of one model, and the power of the idle machine in watts."""
-
-    windows: list[Window] = field(default_factory=list)
-    idle_watts: float = 0.0
+HOW_CO2 = "what CodeCarbon makes of the estimated energy for the electricity of a country"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +29,16 @@ class Energy:
 
     `energy` is measured: NVML's counter of the whole board on a GPU, RAPL's of the CPU packages elsewhere; null with
     the reason without a counter. `energy_estimated` is CodeCarbon's (rated power times load and time), `co2` what it
-    makes of that for a country. Models take turns (A, B, B, A) in windows of steady work. Values are gross; the
-    idle machine's power, measured with the models loaded, is taken off in `idle_corrected`. A model that
-    differs from the dense one by zeros alone is not measured: compression only.
+    makes of that for a country. Models take turns (A, B, B, A) in windows of steady work, which begin when the power of
+    two rounds in a row agrees within 2% (a device that heats up takes more and more). Values are gross; the idle
+    machine's power, measured with the models loaded before and after the work, is taken off in `idle_corrected`,
+    with its range between the two. A model that differs from the dense one by zeros alone is not measured:
+    compression only.
 
     Attributes:
         seconds: Length of a window at least; counters need 30 s or more.
-        idle_seconds: Length of the idle window.
+        idle_seconds: Length of each of the two idle windows.
+        settle_seconds: Work before the first window at most, until power is steady; None: as long as a window.
         blocks: Rounds of A, B, B, A.
         batch: Samples at a time.
         prompt_tokens: Length of every prompt.
@@ -63,6 +49,7 @@ class Energy:
 
     seconds: Positive = 30.0
     idle_seconds: Positive = 10.0
+    settle_seconds: Positive | None = None
     blocks: Count = 2
     batch: Count = 1
     prompt_tokens: Count = 64
@@ -115,7 +102,8 @@ class Energy:
             for s in subjects
         ]
         units = self.batch * (self.new_tokens if decodes else 1)
-        runs = iter(take_turns([w for w in works if w], units, meter, self.seconds, self.idle_seconds, self.blocks))
+        lengths = Lengths(self.seconds, self.idle_seconds, self.settle_seconds or self.seconds)
+        runs = iter(take_turns([w for w in works if w], units, meter, lengths, self.blocks))
         found: list[Measurements] = []
         for work in works:
             if work is None:
@@ -139,10 +127,9 @@ class Energy:
         if problems := [w.reading.problem for w in run.windows if w.reading.problem]:
             return Measurement(None, f"J/{unit}", problems[0])
         each = [w.reading.joules / w.units for w in run.windows]
-        net = [(w.reading.joules - run.idle_watts * w.seconds) / w.units for w in run.windows]
         details: dict[str, Any] = {
-            "status": meter.status, "meter": meter.name, "idle_corrected": statistics.fmean(net),
-            "idle_watts": run.idle_watts, "windows": len(each), "per_window": each,
+            "status": meter.status, "meter": meter.name, **idle_facts(run), "settled": run.settled,
+            "power_drift": power_drift(run.windows), "windows": len(each), "per_window": each,
             "std": statistics.stdev(each) if len(each) > 1 else None, "interval": interval_of(each),
             "seconds": sum(w.seconds for w in run.windows), "units": sum(w.units for w in run.windows),
             "watts": sum(w.reading.joules for w in run.windows) / sum(w.seconds for w in run.windows),
@@ -157,9 +144,11 @@ class Energy:
         grams = [w.reading.kg for w in run.windows]
         known = [kg for kg in grams if kg is not None]
         if len(known) < len(grams):
-            return Measurement(None, name, "evals.energy.country is null: CO2 depends on whose electricity it is")
+            missing = "evals.energy.country is null: CO2 depends on whose electricity it is"
+            return Measurement(None, name, missing, how=HOW_CO2)
         value = 1000 * sum(known) / sum(w.units for w in run.windows)
-        return Measurement(value, name, details={"status": "estimated", "country": self.country})
+        details = {"status": "estimated", "country": self.country}
+        return Measurement(value, name, details=details, how=HOW_CO2)
 
 
 def _inferring(call: Call, device: torch.device) -> Call:
@@ -172,41 +161,3 @@ def _inferring(call: Call, device: torch.device) -> Call:
             torch.cuda.synchronize(device)
 
     return run
-
-
-def take_turns(
-    works: Sequence[Call], units: int, meter: Meter, seconds: float, idle_seconds: float, blocks: int
-) -> list[Found]:
-    """Meter each work in windows, in the order A, B, B, A.
-
-    Args:
-        works: One function a model; each does a fixed piece of work.
-        units: Samples or tokens of a piece.
-        meter: What counts.
-        seconds: Length of a window at least; it ends with a whole piece.
-        idle_seconds: Length of the idle window, before all others.
-        blocks: Rounds.
-    """
-    for work in works:
-        work()
-    idle = window(lambda: time.sleep(idle_seconds), 1, meter, 0.0)
-    found = [Found(idle_watts=idle.reading.joules / idle.seconds) for _ in works]
-    pairs = [*zip(works, found, strict=True)]
-    for _ in range(blocks):
-        for work, mine in [*pairs, *reversed(pairs)]:
-            mine.windows.append(window(work, units, meter, seconds))
-    return found
-
-
-def window(work: Call, units: int, meter: Meter, seconds: float) -> Window:
-    """Work for at least so many seconds, in whole pieces."""
-    done = 0
-    meter.start()
-    start = time.monotonic()
-    while True:
-        work()
-        done += units
-        if time.monotonic() - start >= seconds:
-            break
-    spent = time.monotonic() - start
-    return Window(meter.stop(), spent, done)

@@ -22,6 +22,7 @@ from evals.prompts import (
 from models.base import PrunableModel
 from models.decoding import Decoding, Pick, generate, greedy
 from utils.errors import InputError
+from utils.progress import Advance, progress_bar
 from utils.rules import Count, Positive, Range, Seed, check_fields
 
 Mode = Literal["greedy", "sampled"]
@@ -119,20 +120,21 @@ class Generation:
             return [{f"{self.modes[0]}_perplexity": Measurement(None, UNITS["perplexity"], reason)} for _ in subjects]
         self.check(dense.model, dense.data)
         prompts = self._prompts(dense)
-        return [self._of(subject, dense.model, prompts) for subject in subjects]
+        with progress_bar("generation", len(subjects) * len(self.modes) * len(prompts)) as advance:
+            return [self._of(subject, dense.model, prompts, advance) for subject in subjects]
 
     def _prompts(self, dense: Subject) -> list[Tensor]:
         if self.prompts is not None:
             return text_prompts(dense.model, self.prompts)
         return first_words(dense.data, self.count, self.prompt_tokens)
 
-    def _of(self, subject: Subject, dense: PrunableModel, prompts: Sequence[Tensor]) -> Measurements:
+    def _of(self, subject: Subject, dense: PrunableModel, prompts: Sequence[Tensor], advance: Advance) -> Measurements:
         found: Measurements = {}
         for mode in self.modes:
-            texts = [
-                continuation(subject, dense, prompt, self.new_tokens, self._picker(mode, number))
-                for number, prompt in enumerate(prompts)
-            ]
+            texts = []
+            for number, prompt in enumerate(prompts):
+                texts.append(continuation(subject, dense, prompt, self.new_tokens, self._picker(mode, number)))
+                advance(f"{subject.model.name}, {mode}")
             found |= {f"{mode}_{name}": figure for name, figure in figures(texts, self._settings(mode)).items()}
         return found
 
@@ -153,13 +155,13 @@ def continuation(subject: Subject, dense: PrunableModel, prompt: Tensor, count: 
     new = generate(subject.model, on_device(subject.model, prompt[None]), count, pick)[0].cpu()  # (count,)
     tokens = tuple(new.tolist())
     own = subject.model.preprocessing
-    end = None if own is None else own.tokenizer.eos_token_id
+    ends = () if own is None else own.ends
     return Continuation(
         prompt=spelled(subject.model, prompt),
         text=spelled(subject.model, new),
         tokens=tokens,
         nats=mean_cost(dense, prompt, new),
-        eos_at=tokens.index(end) if end in tokens else None,
+        eos_at=next((place for place, token in enumerate(tokens) if token in ends), None),
     )
 
 

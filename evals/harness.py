@@ -2,8 +2,10 @@
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,9 +14,10 @@ from evals.base import Subject
 from evals.comparable import refuse_incomparable
 from evals.isolated import isolated_timings
 from evals.saturation import Saturation, saturating_batch
-from evals.timing import Call, Protocol, time_interleaved
+from evals.timing import Call, Protocol, steps_of, time_interleaved
 from evals.timing_statistics import Timings, comparison, interval_of, statistics_ms
 from utils.memory import out_of_memory
+from utils.progress import Advance, progress_bar
 
 SEARCH = Protocol(warmup=3, blocks=1, seconds=0.1, least_calls=4)
 
@@ -52,6 +55,7 @@ def time_models(
     protocol: Protocol,
     compiled: bool = False,
     isolate: bool = False,
+    title: str = "timing",
 ) -> list[Timed]:
     """Time all models against each other; one that does not fit or compile has a reason, at an unchanged batch.
 
@@ -61,12 +65,15 @@ def time_models(
         protocol: How long and in which order.
         compiled: Whether to time torch.compile in the place of eager code.
         isolate: Whether each model runs in a fresh process of its own, one after the other.
+        title: Label of the progress bar, which is drawn between timed pieces alone.
     """
     refuse_incomparable(subjects)
-    if isolate:
-        runs = [isolated_timings(s, batch, protocol, compiled) for s, batch in zip(subjects, batches, strict=True)]
-    else:
-        runs = _in_this_process(subjects, batches, protocol, compiled)
+    steps = len(subjects) + (0 if isolate else steps_of(protocol, len(subjects)))
+    with progress_bar(f"{title}, compiled" if compiled else title, steps, still=True) as advance:
+        if isolate:
+            runs = _in_processes(subjects, batches, protocol, compiled, advance)
+        else:
+            runs = _in_this_process(subjects, batches, protocol, compiled, advance)
     dense = runs[0] if isinstance(runs[0], Timings) else None
     return [_told(run, dense, isolate) for run in runs]
 
@@ -88,24 +95,50 @@ def _apart(dense: Timings, other: Timings) -> dict[str, Any]:
     return {"speedup": statistics.median(ours) / statistics.median(theirs), "speedup_interval": bounds}
 
 
-def _in_this_process(
-    subjects: Sequence[Subject], batches: Sequence[int], protocol: Protocol, compiled: bool
+def _in_processes(
+    subjects: Sequence[Subject], batches: Sequence[int], protocol: Protocol, compiled: bool, advance: Advance
 ) -> list[Timings | str]:
-    calls = [_ready(subject, batch, compiled) for subject, batch in zip(subjects, batches, strict=True)]
-    runnable = [call for call in calls if not isinstance(call, str)]
-    timings = iter(time_interleaved(runnable, subjects[0].model.device, protocol) if runnable else [])
-    return [call if isinstance(call, str) else next(timings) for call in calls]
+    runs = []
+    for subject, batch in zip(subjects, batches, strict=True):
+        runs.append(isolated_timings(subject, batch, protocol, compiled))
+        advance("")
+    return runs
 
 
-def _ready(subject: Subject, batch: int, compiled: bool) -> Call | str:
+def _in_this_process(
+    subjects: Sequence[Subject], batches: Sequence[int], protocol: Protocol, compiled: bool, advance: Advance
+) -> list[Timings | str]:
+    if compiled:
+        # what was compiled before counts towards a limit, above which code stays eager
+        torch._dynamo.reset()
+    ready = []
+    for subject, batch in zip(subjects, batches, strict=True):
+        ready.append(_ready(subject, batch, compiled))
+        advance("first call")
+    calls = [found.call for found in ready if not isinstance(found, str)]
+    timings = iter(time_interleaved(calls, subjects[0].model.device, protocol, advance) if calls else [])
+    return [r if isinstance(r, str) else replace(next(timings), compile_s=r.compile_s) for r in ready]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A call to time, and the seconds that compiling it took."""
+
+    call: Call
+    compile_s: float | None
+
+
+def _ready(subject: Subject, batch: int, compiled: bool) -> Ready | str:
     """The call to time; tried once where it may fail, so that a failure spoils no one else's times."""
     try:
         placed = subject.batch_of(batch)
         call = call_of(subject.model.logits, placed, compiled)
-        if compiled or subject.model.device.type == "cuda" or batch > 1:
+        if compiled:
+            return Ready(call, compile_seconds(call))
+        if subject.model.device.type == "cuda" or batch > 1:
             with torch.inference_mode():
                 call()
-        return call
+        return Ready(call, None)
     except Exception as error:
         if out_of_memory(error):
             return f"out of memory at batch {batch}"
@@ -114,10 +147,24 @@ def _ready(subject: Subject, batch: int, compiled: bool) -> Call | str:
         return f"torch.compile failed: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
 
 
+@torch.inference_mode()
+def compile_seconds(call: Call) -> float:
+    """Compile a call by making it, and again; how much longer the first time took."""
+    first, second = (_seconds(call) for _ in range(2))
+    return max(0.0, first - second)
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def call_of(logits: Callable[[Any], object], placed: Any, compiled: bool) -> Call:
     """One forward pass as a function without arguments."""
     if compiled:
-        torch._dynamo.reset()
         logits = torch.compile(logits, dynamic=False)
     return lambda: logits(placed)
 
@@ -146,11 +193,18 @@ def batches_of(setting: int | Literal["auto"], subjects: Sequence[Subject], larg
     """The batch as given, or (`auto`) the largest of the models' own saturating batches."""
     if setting != "auto":
         return Batches(setting)
-    found = tuple(saturating_batch(lambda n, s=s: _rate(s, n, compiled), largest) for s in subjects)
+    with progress_bar("saturating batch", len(subjects) * largest.bit_length(), still=True) as advance:
+
+        def rate(batch: int, subject: Subject) -> float | None:
+            found = _rate(subject, batch, compiled)
+            advance(f"batch {batch}")
+            return found
+
+        found = tuple(saturating_batch(partial(rate, subject=subject), largest) for subject in subjects)
     return Batches(max(search.batch for search in found), found)
 
 
 def _rate(subject: Subject, batch: int, compiled: bool) -> float | None:
     """Samples per second of the quickest call, which other work on the machine disturbed least."""
-    (run,) = _in_this_process([subject], [batch], SEARCH, compiled)
+    (run,) = _in_this_process([subject], [batch], SEARCH, compiled, lambda note: None)
     return None if isinstance(run, str) else batch * 1000 / min(run.all_ms)

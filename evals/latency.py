@@ -22,7 +22,7 @@ class Latency:
         seconds: Time to spend on each model at least.
         warmup: Untimed passes first, at least; there are more until times are stable.
         blocks: ABBA blocks of the comparison at least.
-        compile: Also time torch.compile, as `latency_compiled`; compilation is the first call.
+        compile: Also time torch.compile, as `latency_compiled`; compiling comes before, as `compile_seconds`.
         isolate: Run each model in a fresh process; interleaving is lost, so that drift of the machine counts.
         precision: Half width of the speed-up's interval that further blocks must bring; null asks for none.
         largest: Batch at which the search for a saturating one ends.
@@ -48,7 +48,9 @@ class Latency:
         found: list[Measurements] = [{} for _ in subjects]
         for compiled in (False, True) if self.compile else (False,):
             batches = batches_of(self.batch, subjects, self.largest, compiled)
-            timed = time_models(subjects, [batches.common] * len(subjects), self._protocol, compiled, self.isolate)
+            timed = time_models(
+                subjects, [batches.common] * len(subjects), self._protocol, compiled, self.isolate, "latency"
+            )
             for number, (mine, run) in enumerate(zip(found, timed, strict=True)):
                 mine["latency_compiled" if compiled else "latency"] = self._measured(run, batches, number, compiled)
         return found

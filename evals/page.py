@@ -1,9 +1,10 @@
 """One self-contained page about one run or several: opens from disk, needs no network.
 
 Works on the plain values of result.json; nothing here needs torch. The charts are drawn by
-plotly's own script, which is part of the page.
+plotly's own script, which is part of the page: packed, since a sweep has a page a job.
 """
 
+import gzip
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 from evals.charts import charts_of
 from evals.class_table import HEADINGS, class_rows
 from evals.page_tables import comparison_table, measured_table, provenance, runs_table, table
+from evals.page_texts import texts_section
 from evals.protocols import apart
 
 Result = Mapping[str, Any]
@@ -43,7 +45,7 @@ def page(
     body += [runs_table(runs) if len(runs) > 1 else _single_table(runs)]
     body += [_picture(path, content) for path, content in pictures.items()]
     body += [f"<section class='charts'>{''.join(map(_place, drawn))}</section>" if drawn and _plotly() else ""]
-    body += [comparison_table(runs) if len(runs) > 1 else "", provenance(runs) if runs else ""]
+    body += [texts_section(runs), comparison_table(runs) if len(runs) > 1 else "", provenance(runs) if runs else ""]
     return _document(title, "\n".join(body), drawn if _plotly() else [])
 
 
@@ -103,7 +105,7 @@ def _document(title: str, body: str, charts: Sequence[Mapping[str, Any]]) -> str
     style, script = (_part(name) for name in ("style.css", "script.js"))
     # a closing tag in a name would end the script that holds the data
     data = json.dumps(charts).replace("<", "\\u003c")
-    library = f"<script>{_plotly()}</script>" if charts else ""
+    library = f'<script type="application/gzip" id="library">{_plotly()}</script>' if charts else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -121,8 +123,11 @@ def _part(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _plotly() -> str:
-    """Plotly's script, read without importing the package, which takes a second; empty where there is none."""
+    """Plotly's script, packed, as text; empty where there is none.
+
+    The package is not imported for it, which would take a second.
+    """
     found = find_spec("plotly")
     places = found.submodule_search_locations if found else None
     path = Path(places[0]) / "package_data" / "plotly.min.js" if places else None
-    return path.read_text(encoding="utf-8").replace("</script", "<\\/script") if path and path.is_file() else ""
+    return b64encode(gzip.compress(path.read_bytes(), mtime=0)).decode() if path and path.is_file() else ""

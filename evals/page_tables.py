@@ -25,7 +25,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Cell]], numeric: Sequ
 def _cell(cell: Cell, number: bool) -> str:
     text, value = cell if isinstance(cell, tuple) else (cell, None)
     sort = f" data-value='{value!r}'" if value is not None else ""
-    return f"<td class='{'number' if number else 'text'}'{sort}>{escape(text)}</td>"
+    kind = ("number reason" if text.startswith("n/a (") else "number") if number else "text"
+    return f"<td class='{kind}'{sort}>{escape(text)}</td>"
 
 
 def measured_table(result: Result) -> str:
@@ -83,9 +84,7 @@ def runs_table(runs: Mapping[str, Result]) -> str:
     rows: list[Sequence[Cell]] = []
     dense: dict[str, None] = {}
     for result in runs.values():  # a dense model that all share stands there once
-        figures = {
-            n: result["dense"].get(n, NOTHING) for n in names if "speedup" not in result["dense"].get(n, NOTHING)
-        }
+        figures = {n: f for n in names if not _measured_anew(f := result["dense"].get(n, NOTHING))}
         key = json.dumps([result.get("model"), {n: f.get("value") for n, f in figures.items()}], sort_keys=True)
         if result["dense"] and key not in dense:
             dense[key] = None
@@ -93,6 +92,11 @@ def runs_table(runs: Mapping[str, Result]) -> str:
     rows += [_run_row(name, result, "pruned", names) for name, result in runs.items()]
     numeric = (False, False, False, True, False, *(True for _ in names), True)
     return f"<h2>All runs</h2>{table(headings, rows, numeric)}"
+
+
+def _measured_anew(found: Mapping[str, Any]) -> bool:
+    """Whether it is a time or an energy, which differs from run to run of the same model."""
+    return "speedup" in found or str(found.get("unit")).startswith(("J/", "kg/"))
 
 
 def _run_row(name: str, result: Result, side: str, names: Sequence[str]) -> Sequence[Cell]:

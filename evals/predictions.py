@@ -1,6 +1,6 @@
 """A model's answers on the validation split, kept on disk where a sweep would ask for them again."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from data.base import Condensing, DataBundle, Task
 from models.base import Batch, PrunableModel
 from models.pretrained import samples_in
 from utils.code import code_hash
-from utils.distributed import divided
+from utils.distributed import divided, own_share
 from utils.memory import Portions, rows_of
+from utils.progress import progress_bar
 from utils.storage import Artifact, Scratch, Store, folder_name
 
 Predictions = list[tuple[Tensor, Batch]]
@@ -40,10 +41,13 @@ def predictions_of(
             return _answer(data.task, model.logits(placed), placed)
 
         answer = torch.cat([*portions.each(samples_in(batch), part)])
+        advance("")
         return {"logits": answer, **{n: tensor for n, tensor in batch.items() if n in data.task.targets}}, None
 
     split = data.validation if batches is None else batches
-    found = [tensors for tensors, _ in (divided(split, answered) if joint else map(answered, split))]
+    steps = len(split) if isinstance(split, Sized) else 0
+    with progress_bar(f"answers of {model.name}", own_share(steps) if joint else steps) as advance:
+        found = [tensors for tensors, _ in (divided(split, answered) if joint else map(answered, split))]
     return [(batch.pop("logits"), batch) for batch in found]
 
 

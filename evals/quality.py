@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from data.base import Figure
 from evals.base import Measurement, Measurements, Subject
+from evals.each_sample import right_of_each
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,22 @@ class Quality:
 
     def measure(self, subjects: Sequence[Subject]) -> list[Measurements]:
         """Score each model's predictions."""
-        return [{name: measured(figure) for name, figure in subject.figures.items()} for subject in subjects]
+        return [
+            {
+                name: measured(figure, subject if name == "accuracy" else None)
+                for name, figure in subject.figures.items()
+            }
+            for subject in subjects
+        ]
 
 
-def measured(figure: Figure) -> Measurement:
-    """A task's figure as a measurement."""
+def measured(figure: Figure, subject: Subject | None = None) -> Measurement:
+    """A task's figure as a measurement.
+
+    Args:
+        figure: The figure.
+        subject: Whose accuracy it is: which samples are right is then left beside the record.
+    """
     reason = figure.reason or ("it is not defined: all answers are the same" if figure.value is None else None)
-    return Measurement(figure.value, figure.unit, reason, figure.details)
+    files = right_of_each(subject) if subject else {}
+    return Measurement(figure.value, figure.unit, reason, figure.details, files=files)

@@ -1,10 +1,9 @@
 """The record of a run, and the files it leaves: result.json and report.md."""
 
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from evals.base import Measurements
 from evals.class_table import class_block
 from evals.notes import timing_notes
 from evals.page import page
+from evals.phase_energy import PhaseEnergy
 from evals.profile_text import profile_blocks
 from evals.protocols import differing
 from evals.side_files import measured_json, side_files
@@ -24,6 +24,7 @@ from evals.table import history_table, how_list, markdown_table, three_columns
 from evals.texts import text_blocks
 from evals.token_report import kept_tokens
 from evals.tracking import Tracker
+from evals.values import finite
 from models.base import PrunableModel
 from models.keeping import Keeping
 from prune.base import Plan
@@ -43,6 +44,8 @@ from utils.storage import key_hash
 STOPPED: dict[type, str] = {KeyboardInterrupt: "interrupted (Ctrl-C)", SystemExit: "terminated from outside"}
 NAMES = {"mlp": "MLP", "attention": "attention"}
 PHASES = ("load", "train", "rank", "search", "cut", "recover", "evaluate", "total")
+# in the first of all phases the device is not known yet, the last holds all the others
+METERED = PHASES[1:-1]
 
 
 @dataclass
@@ -77,9 +80,11 @@ class Record:
     pictures: list[str] = field(default_factory=list)
     sections: list[str] = field(default_factory=list)
     unrecovered: Measurements = field(default_factory=dict)
+    scores: list[dict[str, Any]] = field(default_factory=list)
     undetermined: list[str] = field(default_factory=list)
     shortages: list[Shortage] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    joules: PhaseEnergy = field(default_factory=PhaseEnergy)
 
     @classmethod
     def begin(cls, cfg: DictConfig, versions: dict[str, Any], command: str) -> "Record":
@@ -105,10 +110,11 @@ class Record:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the block's wall time to one of the record's phases."""
+        """Add the block's wall time to one of the record's phases, and its joules where they are known."""
         start = time.perf_counter()
         try:
-            yield
+            with self.joules.phase(name) if name in METERED else nullcontext():
+                yield
         finally:
             self.seconds[name] += time.perf_counter() - start
 
@@ -150,7 +156,7 @@ class Record:
         self._draw_profile(out)
         for name, content in [*side_files("dense", self.dense), *side_files("pruned", self.pruned)]:
             write_atomically(out / name, content)
-        result = covered(_finite(self.to_json()))
+        result = covered(finite(self.to_json()))
         write_atomically(out / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
         write_atomically(out / "report.md", redacted(self.to_markdown()).encode())
         pictures = {picture: (out / picture).read_bytes() for picture in self.pictures}
@@ -202,6 +208,7 @@ class Record:
             "pruned": measured_json("pruned", self.pruned),
             **({"unrecovered": measured_json("unrecovered", self.unrecovered)} if self.unrecovered else {}),
             "plan": self.plan.summary() if self.plan else None,
+            "scores": self.scores,
             "cache": self.cache,
             "method": self.method,
             "history": self.history,
@@ -209,6 +216,7 @@ class Record:
             "saved": self.saved,
             "out_of_memory": [asdict(found) for found in self.shortages],
             "seconds": self.seconds,
+            "joules": self.joules.to_json(METERED),
             "warnings": self.warnings(),
         }
 
@@ -274,7 +282,8 @@ class Record:
         parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in [*self.pictures, *self.plots]]
         spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items() if seconds)
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items() if number)
-        parts += ["## How it ran", f"Seconds: {spent}.", f"Versions: {versions}.", self._provenance()]
+        parts += ["## How it ran", f"Seconds: {spent}.", *self.joules.in_words(METERED)]
+        parts += [f"Versions: {versions}.", self._provenance()]
         return "\n\n".join(parts) + "\n"
 
     def _comparison(self) -> str:
@@ -360,15 +369,6 @@ def with_seconds(trained: Recovered) -> list[dict[str, float]]:
     return [
         row if "train_loss" not in row else {**row, "seconds": next(spent, float("nan"))} for row in trained.history
     ]
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not know, by null wherever they stand."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

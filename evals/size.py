@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 from evals.base import Measurement, Measurements, Subject
 from models.checkpoint import METADATA, tensors_of
+from utils.progress import progress_bar
 from utils.rules import check_fields
 
 LEVEL, CHUNK = 1, 4 * 1024 * 1024
@@ -43,6 +44,11 @@ class Size:
 
 def compressed_bytes(content: bytes) -> int:
     """Bytes that zlib makes of the content, chunk by chunk on all cores."""
-    chunks = [content[start : start + CHUNK] for start in range(0, len(content), CHUNK)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib lets other threads run
-        return sum(pool.map(lambda chunk: len(zlib.compress(chunk, LEVEL)), chunks))
+    starts = range(0, len(content), CHUNK)
+    total = 0
+    with progress_bar("compressed size", len(starts)) as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+        # zlib lets other threads run
+        for size in pool.map(lambda start: len(zlib.compress(content[start : start + CHUNK], LEVEL)), starts):
+            total += size
+            advance("")
+    return total

@@ -16,13 +16,15 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from evals.appendix import appendix
 from evals.protocols import SIDES, Columns, column_names, protocol_of
 from evals.trainings import draw_trainings
+from evals.values import finite
 from utils.compose import ComposedOnce
 from utils.files import write_atomically
+from utils.jobs import given_to
 from utils.locks import Lock, locked
 
 log = logging.getLogger(__name__)
@@ -142,9 +144,9 @@ def _read(job: Path) -> dict[str, Any] | str:
     if not path.is_file():
         return "it left no result.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = finite(json.loads(path.read_text(encoding="utf-8")))
         _facts(found, {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"result.json is damaged: {error!r}"
     return found
 
@@ -183,9 +185,7 @@ def _facts(found: dict[str, Any], columns: Columns) -> Row:
 
 def _overrides(job: Path) -> Row:
     """What the job was given on the command line, by key."""
-    path = job / ".hydra" / "overrides.yaml"
-    given = OmegaConf.load(path) if path.is_file() else []
-    pairs = (str(override).lstrip("+").partition("=") for override in given)
+    pairs = (override.lstrip("+").partition("=") for override in given_to(job) or ())
     return {key: value for key, _, value in pairs}
 
 

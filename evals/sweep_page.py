@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from evals.compare import NEEDED, differences
+from evals.compare import NEEDED, differences, misshapen
 from evals.page import page
 
 Result = dict[str, Any]
@@ -29,7 +29,8 @@ def sweep_page(jobs: Mapping[str, Result | str], overrides: Mapping[str, Mapping
 
 def _incomparable(results: Mapping[str, Result]) -> list[str]:
     """Differences of data and protocol between the first job and others, each said once."""
-    whole = [(job, result) for job, result in results.items() if all(key in result for key in NEEDED)]
+    whole = [(job, result) for job, result in results.items() if all(k in result for k in NEEDED)]
+    whole = [(job, result) for job, result in whole if misshapen(result) is None]
     found: dict[str, list[str]] = {}
     for job, result in whole[1:]:
         for problem in differences(whole[0][1], result):

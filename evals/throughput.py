@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from evals.base import Measurement, Measurements, Subject
+from evals.end_to_end import end_to_end
 from evals.harness import Batches, Timed, batches_of, time_models
 from evals.latency import Blocks
 from evals.timing import Protocol
@@ -25,6 +26,7 @@ class Throughput:
         isolate: Run each model in a fresh process; interleaving is lost, so that drift of the machine counts.
         precision: Half width of the speed-up's interval that further blocks must bring; null asks for none.
         largest: Batch at which the search for a saturating one ends.
+        end_to_end: Also measure it with loading, transforms and transfer of the samples, as `throughput_end_to_end`.
     """
 
     batch: Count | Literal["auto"] = 64
@@ -35,9 +37,10 @@ class Throughput:
     isolate: bool = False
     precision: Positive | None = None
     largest: Count = 1024
+    end_to_end: bool = True
 
     # what it can't measure of a model that is not on the device as a whole, with its unit
-    resident_only: ClassVar[Mapping[str, str]] = {"throughput": "samples/s"}
+    resident_only: ClassVar[Mapping[str, str]] = {"throughput": "samples/s", "throughput_end_to_end": "samples/s"}
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -52,11 +55,14 @@ class Throughput:
             for number, (mine, run, best) in enumerate(zip(found, timed, own, strict=True)):
                 name = "throughput_compiled" if compiled else "throughput"
                 mine[name] = self._measured(run, batches, number, {"compiled": compiled, **best})
+        if self.end_to_end:
+            whole = end_to_end(subjects, self.seconds / 2)
+            found = [mine | {"throughput_end_to_end": more} for mine, more in zip(found, whole, strict=True)]
         return found
 
     def _time(self, subjects: Sequence[Subject], batches: Sequence[int], compiled: bool) -> list[Timed]:
         protocol = Protocol(self.warmup, self.blocks, self.seconds, precision=self.precision)
-        return time_models(subjects, batches, protocol, compiled, self.isolate)
+        return time_models(subjects, batches, protocol, compiled, self.isolate, "throughput")
 
     def _at_own(self, subjects: Sequence[Subject], batches: Batches, compiled: bool) -> list[dict[str, Any]]:
         """Each model at its own best batch, where these differ."""
@@ -76,7 +82,7 @@ class Throughput:
         details = batches.details(number) | more
         if run.median_ms is None:
             return Measurement(None, "samples/s", run.reason, details)
-        kept = ("n", "cv", "blocks", "warmup_calls", "warmup_stable", "isolated", "status")
+        kept = ("n", "cv", "blocks", "warmup_calls", "warmup_stable", "isolated", "status", "compile_seconds")
         of_times = {
             name: value for name, value in run.details.items() if name in kept or "speedup" in name or "itself" in name
         }

@@ -13,13 +13,18 @@ from dataclasses import dataclass
 import torch
 
 from evals.timing_statistics import P99_CALLS, Timings, interval_of, ratios_of, speedup, spread_ms
+from utils.progress import Advance
 
-__all__ = ["P99_CALLS", "Call", "Protocol", "Timings", "speedup", "spread_ms", "time_interleaved"]
+__all__ = ["P99_CALLS", "Call", "Protocol", "Timings", "speedup", "spread_ms", "steps_of", "time_interleaved"]
 
 Call = Callable[[], object]
 Slots = tuple[list[float], list[float]]
 STABLE = 0.05
 MOST_WINDOWS = 20
+
+
+def _quiet(note: str) -> None:
+    """Tell no one."""
 
 
 @dataclass(frozen=True)
@@ -56,33 +61,54 @@ class Warm:
     stable: bool
 
 
-def time_interleaved(calls: Sequence[Call], device: torch.device, protocol: Protocol) -> list[Timings]:
+def time_interleaved(
+    calls: Sequence[Call], device: torch.device, protocol: Protocol, advance: Advance = _quiet
+) -> list[Timings]:
     """Time each call many times, all of them interleaved.
 
     Args:
         calls: One function a model; each runs one forward pass.
         device: Where they run; on CUDA the times are those of events on the stream.
         protocol: How long and in which order.
+        advance: Told `steps_of(protocol, len(calls))` times, about, that a piece is done; never while a clock runs.
     """
     timed = _cuda_ms if device.type == "cuda" else _cpu_ms
     with torch.inference_mode():
         first = [timed(call, 1)[0] for call in calls]
-        warm = [_warm_up(call, ms, timed, protocol) for call, ms in zip(calls, first, strict=True)]
+        warm = []
+        for call, ms in zip(calls, first, strict=True):
+            warm.append(_warm_up(call, ms, timed, protocol))
+            advance("warm-up")
         repeats = [_calls_per_slot(protocol, w.call_ms) for w in warm]
         timings = [Timings(w.first_ms, [], w.calls, w.stable) for w in warm]
         start = time.monotonic()
         while not _enough(timings, protocol, (time.monotonic() - start) / len(calls)):
-            for timing, slots in zip(timings, _block(calls, repeats, timed), strict=True):
+            for timing, slots in zip(timings, _block(calls, repeats, timed, advance), strict=True):
                 timing.blocks_ms.append(slots)
     return timings
 
 
-def _block(calls: Sequence[Call], repeats: Sequence[int], timed: Callable[[Call, int], list[float]]) -> list[Slots]:
+def steps_of(protocol: Protocol, models: int) -> int:
+    """How often `time_interleaved` says that a piece is done, for each warm-up and each slot.
+
+    About the most where blocks are added for the sake of precision: nobody knows when that is reached.
+    """
+    blocks = protocol.blocks
+    if protocol.precision is not None and models > 1:
+        blocks = max(blocks, math.ceil(protocol.blocks * protocol.longest / protocol.seconds))
+    return models * (1 + 2 * blocks)
+
+
+def _block(
+    calls: Sequence[Call], repeats: Sequence[int], timed: Callable[[Call, int], list[float]], advance: Advance
+) -> list[Slots]:
     """One slot of each call in order, and one of each back again."""
     pairs = [*zip(calls, repeats, strict=True)]
-    there = [timed(call, n) for call, n in pairs]
-    back = [timed(call, n) for call, n in reversed(pairs)]
-    return [*zip(there, reversed(back), strict=True)]
+    slots = []
+    for call, n in [*pairs, *reversed(pairs)]:
+        slots.append(timed(call, n))
+        advance("")
+    return [*zip(slots[: len(pairs)], reversed(slots[len(pairs) :]), strict=True)]
 
 
 def _enough(timings: Sequence[Timings], protocol: Protocol, spent_s: float) -> bool:

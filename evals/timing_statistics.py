@@ -27,12 +27,14 @@ class Timings:
         blocks_ms: Per block the calls of its two slots.
         warmup_calls: Calls before anything counted, the first one included.
         stable: Whether its times had settled by then.
+        compile_s: Seconds that compiling it took, before all of these; None for eager code.
     """
 
     first_ms: float
     blocks_ms: list[tuple[list[float], list[float]]]
     warmup_calls: int = 0
     stable: bool = True
+    compile_s: float | None = None
 
     @property
     def all_ms(self) -> list[float]:
@@ -110,6 +112,7 @@ def statistics_ms(timing: Timings) -> dict[str, Any]:
         "first_call": timing.first_ms,
         "warmup_calls": timing.warmup_calls,
         "warmup_stable": timing.stable,
+        **({} if timing.compile_s is None else {"compile_seconds": timing.compile_s}),
     }
 
 

@@ -1,5 +1,6 @@
 """Figures as people read them, from the plain values of result.json."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,3 +65,12 @@ def prefixed(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "unknown" if value is None else str(value)
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not know, by null wherever they stand."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

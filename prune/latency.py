@@ -18,12 +18,13 @@ import models.latency_table
 from data.base import DataBundle
 from evals.base import Subject
 from evals.harness import batches_of
-from evals.timing import Protocol, time_interleaved
+from evals.timing import Protocol, steps_of, time_interleaved
 from evals.timing_statistics import interval_of
 from models.base import PrunableModel
 from models.cost import CostModel
 from models.latency_table import LatencyTable, Points
 from prune.base import Plan
+from prune.latency_aim import between, next_aim
 from prune.surgery import cut
 from utils.code import code_hash
 from utils.distributed import from_first
@@ -38,7 +39,7 @@ LEVELS = 8
 LARGEST = 256
 OF_BLOCKS = Protocol(warmup=6, blocks=5, seconds=0.3, least_calls=20)
 OF_MODELS = Protocol(warmup=6, blocks=7, seconds=1.5, least_calls=14, precision=0.01, longest=6.0)
-TRIES, CLOSE, WITHIN = 6, 0.015, 0.05
+TRIES, CLOSE, WITHIN = 8, 0.015, 0.05
 
 Kept = dict[str, Tensor]
 Select = Callable[[float], Kept]
@@ -63,7 +64,8 @@ class Clock:
 
     def _measured(self, dense: PrunableModel, pruned: PrunableModel) -> tuple[Any, ...]:
         calls = [_call(model, Subject(model, self.data).batch_of(self.batch)) for model in (dense, pruned)]
-        ours, theirs = time_interleaved(calls, dense.device, self.protocol)
+        with progress_bar("time of a plan", steps_of(self.protocol, len(calls)), still=True) as advance:
+            ours, theirs = time_interleaved(calls, dense.device, self.protocol, advance)
         shares = [_quick_ms(b) / _quick_ms(a) for a, b in zip(ours.blocks_ms, theirs.blocks_ms, strict=True)]
         return statistics.median(shares), interval_of(shares), _quick_ms([ours.all_ms])
 
@@ -139,7 +141,7 @@ def measured_table(model: PrunableModel, data: DataBundle, protocol: Protocol = 
         alike.setdefault(_shape_of(model, layer, layers[layer], inputs), []).append(layer)
     groups: dict[str, Points] = {}
     wholes = []
-    with torch.inference_mode(), progress_bar("latency table", len(alike)) as advance:
+    with torch.inference_mode(), progress_bar("latency table", len(alike), still=True) as advance:
         for same in alike.values():
             whole, columns = _columns(model, placed, same[0], layers[same[0]], inputs[same[0]], protocol)
             for layer in same:
@@ -252,32 +254,23 @@ def plan_by_latency(model: PrunableModel, costs: CostModel, ratio: float, select
         kept = select(_ratio(aim))
         counts = {name: len(units) for name, units in kept.items()}
         if any(counts == before["counts"] for before in tried):
-            break
+            aim = between(tried, wanted, 0.5)
+            kept = select(_ratio(aim))
+            counts = {name: len(units) for name, units in kept.items()}
+            if any(counts == before["counts"] for before in tried):
+                break
         share, interval, dense_ms = table.clock.share(model, cut(model, Plan.of(model, kept)))
         tried.append(
             {"counts": counts, "kept": kept, "share": share, "interval": interval, "dense_ms": dense_ms, "aim": aim}
         )
         if abs(share / wanted - 1) <= CLOSE:
             break
-        aim = _next_aim(tried, wanted, _least_share(select, table, whole))
+        aim = next_aim(tried, wanted, _least_share(select, table, whole))
     best = min(tried, key=lambda found: abs(found["share"] / wanted - 1))
     return Plan.of(
         model, best["kept"], budget="latency", ratio_asked=ratio, ratio_reached=1 - best["share"],
         details={"latency": _said(best, tried, wanted, table, whole), **_notes(best, wanted)},
     )  # fmt: skip
-
-
-def _next_aim(tried: Sequence[Mapping[str, Any]], wanted: float, least: float) -> float:
-    """Share of the table's time to aim at: between the nearest misses on both sides, else in proportion."""
-    above = [t for t in tried if t["share"] > wanted]
-    below = [t for t in tried if t["share"] <= wanted]
-    if above and below:
-        a, b = min(above, key=lambda t: t["share"]), max(below, key=lambda t: t["share"])
-        part = (wanted - b["share"]) / max(a["share"] - b["share"], 1e-9)
-        aim = b["aim"] + (a["aim"] - b["aim"]) * part
-    else:
-        aim = tried[-1]["aim"] * wanted / tried[-1]["share"]
-    return min(1.0, max(least, aim))
 
 
 def _least_share(select: Select, table: LatencyTable, whole: int) -> float:

@@ -1,7 +1,9 @@
 """Text side by side: what is counted, how it is drawn, and that it is the model's own."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from evals.texts import fenced, text_blocks
 from main import run
 from models.base import PrunableModel
 from models.decoding import generate
+from models.hf import ends_of
 from prune.surgery import cut
 from tests.adapters import ADAPTERS, bundle_of, toy_on_tokens
 from tests.conftest import Compose
@@ -64,6 +67,8 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_the_mass() -> None:
     logits = torch.tensor([[0.1, 0.5, 0.4], [0.7, 0.2, 0.1]]).log()
     assert torch.allclose(nucleus(logits, top_p=0.85), torch.tensor([[0, 5 / 9, 4 / 9], [7 / 9, 2 / 9, 0]]), atol=1e-6)
     assert torch.equal(nucleus(logits, top_p=1e-9), torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
+    for temperature in (1e-9, 1e-37):  # so cold that the likeliest takes it all
+        assert torch.equal(nucleus(logits, temperature), torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
     cold = nucleus(logits, temperature=0.5)
     assert torch.allclose(cold[0], torch.tensor([0.01, 0.25, 0.16]) / 0.42, atol=1e-6)
 
@@ -127,6 +132,21 @@ def test_texts_prompts_and_where_the_end_was() -> None:
     for text in texts:
         assert text["eos_at"] == (text["tokens"].index(end) if end in text["tokens"] else None)
     assert all("eos_at" in text for text in texts)
+
+
+def test_any_of_several_ends_counts() -> None:
+    """Models tuned to talk name several in their configuration; one that the tokenizer does not know of is no end."""
+    configuration = SimpleNamespace(eos_token_id=[7, 9])
+    assert ends_of(9, configuration) == (7, 9)
+    assert ends_of(5, configuration) == (5,) and ends_of(None, configuration) == ()
+    assert ends_of(5, SimpleNamespace(eos_token_id=2)) == (5,) and ends_of(5, SimpleNamespace()) == (5,)
+    model = bytes_reader()
+    subject = Subject(model, bundle_of({"input_ids": torch.randint(3, 50, (6, 9))}))
+    generation = Generation(prompts=("if",), new_tokens=20, modes=("greedy",))
+    tokens = generation.measure([subject])[0]["greedy_perplexity"].details["continuations"][0]["tokens"]
+    model.preprocessing = replace(model.preprocessing, ends=(tokens[5], tokens[3]))  # type: ignore[type-var]
+    text = generation.measure([subject])[0]["greedy_perplexity"].details["continuations"][0]
+    assert text["eos_at"] == min(tokens.index(tokens[5]), tokens.index(tokens[3])) and text["tokens"] == tokens
 
 
 def test_beginnings_of_documents_are_spread() -> None:

@@ -16,6 +16,7 @@ from evals.comparable import refuse_incomparable
 from evals.evaluate import evaluate
 from evals.isolated import in_fresh_process
 from evals.latency import Latency
+from evals.notes import timing_notes
 from evals.params import Params
 from evals.peak_memory import PeakMemory
 from evals.saturation import saturating_batch
@@ -142,6 +143,13 @@ def test_raw_times_lie_beside_the_record(subject: Subject) -> None:
     assert sum(len(slot) for block in raw["blocks"] for slot in block) == found["latency"].details["n"]
 
 
+def test_times_that_vary_are_flagged() -> None:
+    dense, steady = {"latency": {"cv": 0.031}}, {"latency": {"cv": 0.03}}
+    (note,) = timing_notes(dense, steady, {})
+    assert "varied by more than 3%" in note and "latency of the dense model 3%" in note and "pruned" not in note
+    assert timing_notes(steady, steady, {}) == []
+
+
 def test_fewer_than_three_blocks_are_refused() -> None:
     for metric in (Latency, Throughput):
         with pytest.raises(InputError, match="blocks=2 must be at least 3"):
@@ -175,6 +183,32 @@ def test_a_fresh_process_times_the_very_model(subject: Subject) -> None:
     found = Latency(seconds=0.05, blocks=3, isolate=True).measure([subject])[0]["latency"]
     assert found.value and found.details["isolated"] and found.details["speedup"] == 1
     assert "not interleaved" in found.how
+
+
+@pytest.mark.slow
+def test_compiled_models_are_timed_and_compiling_is_told_apart(subject: Subject) -> None:
+    pruned = Subject(cut(subject.model, random_plan(subject.model, 0)), subject.data)
+    found = Latency(seconds=0.1, blocks=3, compile=True).measure([subject, pruned])
+    for figures in found:
+        compiled = figures["latency_compiled"]
+        if compiled.value is None:
+            pytest.skip(str(compiled.reason))
+        assert compiled.details["compiled"] and compiled.details["compile_seconds"] > 0.1
+        assert 1000 * compiled.details["compile_seconds"] > 10 * compiled.details["first_call"], "it came before"
+        assert "compile_seconds" not in figures["latency"].details and compiled.details["speedup_interval"]
+
+
+def test_a_model_that_does_not_compile_is_a_reason(subject: Subject, monkeypatch) -> None:
+    def broken(logits: Any, dynamic: bool) -> Any:
+        def call(samples: Any) -> Any:
+            raise RuntimeError("no compiler here\nat all")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    found = Latency(seconds=0.02, blocks=3, compile=True).measure([subject])[0]
+    assert found["latency"].value and found["latency_compiled"].value is None
+    assert found["latency_compiled"].reason == "torch.compile failed: no compiler here"
 
 
 def test_a_process_that_answers_otherwise_is_refused(subject: Subject) -> None:

@@ -1,6 +1,7 @@
 """Latency as a budget: the table, the search by it, and the clock that corrects it."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from prune.search import select_units
 from tests.adapters import ADAPTERS, bundle_of
 from tests.conftest import Compose
 from utils.errors import InputError
+from utils.storage import Store
 
 STEPS = {"a": ((0, 0), (2, 10), (4, 10)), "b": ((0, 0), (1, 7), (4, 100))}
 
@@ -88,6 +90,27 @@ def test_the_clock_corrects_a_table_that_is_wrong(factor: float) -> None:
     assert "notes" not in plan.details
 
 
+@pytest.mark.parametrize("wrong", [0.2, 1.3])
+def test_one_wild_time_does_not_end_the_search(wrong: float) -> None:
+    model, samples = ADAPTERS["toy_images"]()
+    data = bundle_of(samples)
+    points = {g.name: tuple((k, 1000 * k) for k in range(g.count + 1)) for g in model.unit_groups()}
+    table = LatencyTable(2000, points, 1)
+
+    class Restless(Biased):
+        """A clock whose first time is far off."""
+
+        def share(self, dense: Any, pruned: Any) -> tuple[float, tuple[float, float], float]:
+            share, interval, ms = super().share(dense, pruned)
+            self.seen[-1] = share if len(self.seen) > 1 else wrong
+            return self.seen[-1], interval, ms
+
+    costs = replace(cost_model(model, data.example), latency=replace(table, clock=Restless(table, 0.8, model)))
+    method = Magnitude(budget="latency", ratio=0.3)
+    plan = method.plan(model, method.rank(model, data), costs)
+    assert abs(plan.details["latency"]["miss"]) <= 0.05, plan.details["latency"]["tries"]
+
+
 def test_a_miss_is_said_above_the_numbers() -> None:
     model, samples = ADAPTERS["toy_images"]()
     data = bundle_of(samples)
@@ -119,6 +142,34 @@ def test_every_family_can_be_timed(name: str, monkeypatch) -> None:
     for points in table.groups.values():
         assert points[0] == (0, 0) and list(points) == sorted(points)
     assert table.rest_ns >= 0 and model.fingerprint() == before
+
+
+def test_a_table_of_another_device_is_not_used(tmp_path: Path, monkeypatch) -> None:
+    model, samples = ADAPTERS["toy_images"]()
+    data, store = bundle_of(samples), Store(tmp_path)
+    made: list[int] = []
+    monkeypatch.setattr(latency, "measured_table", lambda m, d: made.append(1) or LatencyTable(5, STEPS, len(made)))
+    asked = partial(latency.with_latency, Magnitude(budget="latency", ratio=0.3), cost_model(model, data.example))
+
+    def batch(dtype: torch.dtype = torch.float32) -> int:
+        table = asked(model, data, store, dtype).latency
+        assert table is not None and table.clock is not None and table.clock.batch == table.batch
+        return table.batch
+
+    assert [batch(), batch()] == [1, 1] and batch(torch.bfloat16) == 2, "another type of numbers is another table"
+    machine, device = latency.describe_machine, latency.describe_device
+    changes = {
+        "describe_device": lambda d: {**device(d), "name": "another processor"},
+        "describe_machine": lambda d: {**machine(d), "threads": 64},
+    }
+    for number, (name, change) in enumerate(changes.items(), 3):
+        with monkeypatch.context() as patch:
+            patch.setattr(latency, name, change)
+            assert [batch(), batch()] == [number, number], name
+    with monkeypatch.context() as patch:
+        patch.setattr(latency, "describe_machine", lambda d: {**machine(d), "gpu": {"driver": "999.1"}})
+        assert batch() == 5, "another driver"
+    assert batch() == 1 and len(made) == 5, "the first device finds its own again"
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from data.regression import Regression
+from evals import macs as macs_module
 from evals.accuracy import Accuracy
 from evals.base import Subject
 from evals.latency import Latency
@@ -88,6 +89,19 @@ def test_a_wrong_closed_form_ends_the_run(subject: Subject) -> None:
 
     subject.model.__class__ = Boastful
     with pytest.raises(RunError, match="must agree within 1%"):
+        Macs().measure([subject])
+
+
+@pytest.mark.parametrize(("factor", "fails"), [(0.991, False), (1.009, False), (0.98, True), (1.02, True)])
+def test_more_than_one_percent_between_the_counts_is_an_error(
+    subject: Subject, monkeypatch, factor: float, fails: bool
+) -> None:
+    counted = macs_module.counted_macs
+    monkeypatch.setattr(macs_module, "counted_macs", lambda *given: round(counted(*given) * factor))
+    if not fails:
+        assert Macs().measure([subject])[0]["macs"].value
+        return
+    with pytest.raises(RunError, match=r"MACs by the closed form but [\d,]+ by FlopCounterMode .* within 1%"):
         Macs().measure([subject])
 
 

@@ -1,5 +1,7 @@
 """The page about runs, the comparison of any runs, and what must not be compared."""
 
+import base64
+import gzip
 import json
 import re
 import subprocess
@@ -10,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from evals import page as page_module
 from evals.charts import charts_of
 from evals.compare import compare, differences, main
 from evals.page import page
+from evals.score_summary import score_summary
 from evals.sweep import rebuild, write_page
 from evals.values import change, shown, unit_of
+from prune.base import GroupPlan, Plan, Scores
 from tests.test_cli import ROOT
 from utils.errors import InputError
 
@@ -47,6 +52,13 @@ def result(method: str = "fisher", ratio: float = 0.4, **changes: Any) -> dict[s
                 {"name": f"blocks.{i}.heads", "kind": "head", "layer": i, "kept": i + 1, "count": 4} for i in (0, 1)
             ],
         },
+        "scores": [
+            {
+                "term": method, "name": f"blocks.{i}.heads", "kind": "head", "layer": i,
+                "kept": [2.0, 3.0, 4.0, 5.0, 60.0 + i], "removed": None if i else [1.0, 1.0, 1.5, 2.0, 2.0],
+            }
+            for i in (0, 1)
+        ],
         "history": [{"epoch": 1, "train_loss": 1.0}, {"epoch": 2, "train_loss": 0.5}], "recovery": None,
     }  # fmt: skip
     return found | changes
@@ -67,7 +79,7 @@ def test_the_page_is_whole_and_asks_no_network() -> None:
     for part in ("-4.00 points", "1.25x as fast (1.20 to 1.30)", "median of calls", "n/a (no counter)", "c0ffee"):
         assert part in own, part
     charts = json.loads(re.search(r'id="charts">(.*?)</script>', own).group(1))  # type: ignore[union-attr]
-    assert [chart["id"] for chart in charts] == ["pareto", "speed", "layers", "curves"]
+    assert [chart["id"] for chart in charts] == ["pareto", "speed", "layers", "scores", "curves"]
 
 
 def test_a_closing_tag_in_a_name_ends_no_script() -> None:
@@ -89,9 +101,51 @@ def test_charts_hold_the_figures() -> None:
     assert (dense["x"], dense["y"]) == ([2000], [0.9])
     kept, removed = charts["layers"]["views"][0]["traces"]
     assert (kept["y"], removed["y"]) == ([1, 2], [3, 2])
+    (view, *_) = charts["scores"]["views"]
+    stay, go = view["traces"]
+    assert (stay["x"], stay["median"], stay["upperfence"]) == ([0, 1], [4.0, 4.0], [60.0, 61.0])
+    assert (go["x"], go["lowerfence"], go["q3"]) == ([0], [1.0], [2.0]), "a layer that lost nothing has no box"
+    assert view["layout"]["log_y"] and view["name"] == "a: heads" and len(charts["scores"]["views"]) == 3
     bars = charts["speed"]["views"][0]["traces"][0]
     assert bars["y"] == [1.25] * 3 and bars["error_y"]["array"][0] == pytest.approx(0.05)
-    assert charts_of({"empty": result(dense={}, pruned={}, plan=None, history=[])}) == []
+    assert charts_of({"empty": result(dense={}, pruned={}, plan=None, scores=[], history=[])}) == []
+
+
+def test_tokens_are_drawn_as_planned_and_as_measured() -> None:
+    rows = [{"layer": i, "merged": 2, "attention": 17 - 2 * i, "mlp": 15 - 2 * i} for i in (0, 1)]
+    spread = [{"layer": 0, **{half: {"mean": 9.0, "p95": 12.0, "max": 14.0} for half in ("attention", "mlp")}}]
+    found = result(plan={"groups": [], "tokens": rows})
+    found["pruned"]["macs"]["kept_tokens"] = spread
+    planned, measured = {chart["id"]: chart for chart in charts_of({"a": found})}["tokens"]["views"]
+    assert [trace["y"] for trace in planned["traces"]] == [[17, 15], [15, 13]]
+    assert measured["traces"][0]["y"] == [9.0] and measured["traces"][0]["error_y"]["array"] == [3.0]
+
+
+def test_scores_are_summed_up_by_layer_for_kept_and_removed() -> None:
+    groups = (GroupPlan("a", "head", 0, 5, (0, 1, 2)), GroupPlan("b", "neuron", 1, 2, (0, 1)))
+    scores = Scores({"taylor": {"a": torch.tensor([3.0, 5, 4, 1, 2]), "b": torch.tensor([1.0, 2])}, "odd": {}})
+    first, second = score_summary(Plan(groups, "macs", 0.3, 0.3), scores)
+    assert first == {
+        "term": "taylor", "name": "a", "kind": "head", "layer": 0,
+        "kept": [3.0, 3.5, 4.0, 4.5, 5.0], "removed": [1.0, 1.25, 1.5, 1.75, 2.0],
+    }  # fmt: skip
+    assert second["removed"] is None and second["kept"][2] == 1.5
+
+
+def test_a_page_is_small_and_unpacks_to_plotly_itself() -> None:
+    html = page("t", {"run": result()})
+    packed = re.search(r'id="library">(.*?)</script>', html).group(1)  # type: ignore[union-attr]
+    assert len(html) < 2_300_000 and b"plotly.js" in gzip.decompress(base64.b64decode(packed))[:200]
+    nothing = result(dense={}, pruned={}, plan=None, scores=[], history=[])
+    assert page_module._plotly() not in page("t", {"run": nothing}), "no chart, no script"
+
+
+def test_a_page_of_two_hundred_runs_is_made_in_seconds() -> None:
+    runs = {f"{n} prune.ratio={n / 250}": result("fisher" if n % 2 else "taylor", n / 250) for n in range(200)}
+    runs["broken 7"] = result(dense={}, pruned={}, plan=None, scores=[], history=[], status="failed", error="no")
+    start = time.process_time()
+    html = page("Sweep", runs)
+    assert time.process_time() - start < 5 and html.count("<tr>") > 200 and len(html) < 6_000_000
 
 
 def test_without_plotly_the_tables_are_there_still(monkeypatch) -> None:
@@ -170,7 +224,14 @@ def test_compare_writes_one_report_of_runs_and_sweeps(tmp_path: Path, capsys) ->
     assert "run: random 20%" in (out / "report.html").read_text()
 
 
-@pytest.mark.parametrize("content", [None, "{half", "[]", '{"status": "ok"}'])
+WHOLE = json.dumps(result())
+BROKEN = [json.dumps(result() | change) for change in (
+    {"pruned": None}, {"config": []}, {"config": {"evals": [1]}}, {"device": "cpu"}, {"fingerprints": {}},
+    {"dense": {"accuracy": 0.9}}, {"plan": [1]}, {"data": "digits"},
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, "{half", "[]", "7", '{"status": "ok"}', "[" * 100_000, *BROKEN])
 def test_an_unreadable_run_is_refused_in_one_line(content: str | None, tmp_path: Path, capsys) -> None:
     good, bad = saved(tmp_path / "good", result()), tmp_path / "bad"
     bad.mkdir()
@@ -179,6 +240,42 @@ def test_an_unreadable_run_is_refused_in_one_line(content: str | None, tmp_path:
     assert main([str(good), str(bad), "--out", str(tmp_path / "out")]) == 2
     assert "bad" in capsys.readouterr().err
     assert main([str(good)]) == 2, "one run is no comparison"
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_wrong_folders_are_said_in_words(tmp_path: Path, capsys) -> None:
+    good, twin = saved(tmp_path / "good", result()), saved(tmp_path / "twin", result())
+    for wrong in (tmp_path / "nowhere", good / "result.json"):
+        assert main([str(good), str(wrong)]) == 2 and str(wrong) in capsys.readouterr().err
+    (twin / "result.json").write_bytes(b"\xff\xfe\x00")
+    assert main([str(good), str(twin)]) == 2 and "damaged" in capsys.readouterr().err
+    (twin / "result.json").write_text(WHOLE)
+    (tmp_path / "file").write_text("")
+    assert main([str(good), str(twin), "--out", str(tmp_path / "file")]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_failed_runs_and_values_that_are_no_numbers_are_shown(tmp_path: Path) -> None:
+    odd = result("taylor", 0.2)
+    odd["pruned"]["accuracy"]["value"] = float("nan")
+    odd["history"][0]["train_loss"] = float("inf")
+    failed = result("random", 0.3, status="failed", error="RunError: no luck", dense={}, pruned={}, plan=None)
+    folders = [saved(tmp_path / str(n), found) for n, found in enumerate((result(), odd, failed))]
+    assert "NaN" in (folders[1] / "result.json").read_text()
+    compare(folders, tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    charts = re.search(r'id="charts">(.*?)</script>', html).group(1)  # type: ignore[union-attr]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"a browser can't read {constant}")
+
+    assert json.loads(charts, parse_constant=refuse)
+    for report in (html, (tmp_path / "out" / "report.md").read_text()):
+        assert "RunError: no luck" in report and "n/a" in report and not re.search(r"[>| ]nan[<| ]", report)
+    rebuild(tmp_path)
+    write_page(tmp_path)
+    assert "Job 2 failed: RunError: no luck" in (tmp_path / "report.html").read_text()
+    assert "nan" not in (tmp_path / "results.csv").read_text().lower()
 
 
 def test_compare_needs_no_torch() -> None:

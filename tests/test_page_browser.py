@@ -49,6 +49,7 @@ def test_it_draws_and_logs_no_error(browser, written: str, width: int, scheme: s
     tab.wait_for_selector("#pareto .main-svg")
     assert tab.locator("#pareto .scatterlayer .point").count() == 4, "three pruned models and the dense one"
     assert tab.locator("#layers .bars .point").count() == 4
+    assert tab.locator("#scores .boxlayer .box").count() >= 3, "kept of two layers, removed of one"
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
     ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, ground[4:-1].split(","))) < 150) == (scheme == "dark")

@@ -19,7 +19,7 @@ from utils.errors import InputError, RunError
 METRICS = {
     "accuracy": "fraction", "loss": "nat", "macs": "MAC/sample", "fvcore_flops": "fvcore FLOP/sample",
     "params": "count", "nonzero_params": "count", "size": "byte", "latency": "ms", "throughput": "samples/s",
-    "peak_memory": "byte",
+    "throughput_end_to_end": "samples/s", "peak_memory": "byte",
 }  # fmt: skip
 STABLE = ("accuracy", "loss", "macs", "params", "nonzero_params", "size")
 

@@ -17,6 +17,7 @@ from evals.tracking import curves_of, figures_of, settings_of
 from main import run
 from tests.conftest import Compose
 from tests.test_page import result
+from tests.test_sweep import until
 from utils.errors import InputError
 
 
@@ -89,6 +90,30 @@ def test_wandb_is_offline_and_told_everything(out: Path, monkeypatch) -> None:
     assert options["mode"] == "offline" and options["dir"] == str(out)
     assert fake.summary["pruned/macs"] == 1200.0 and fake.summary["status"] == "failed"
     assert [kwargs for name, _, kwargs in fake.seen if name == "finish"] == [{"exit_code": 1}]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the packages' own
+def test_mlflow_for_real_keeps_runs_in_a_local_file(out: Path, monkeypatch) -> None:
+    mlflow: Any = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.chdir(out)  # where it puts artifacts
+    (out / "result.json").write_text("{}")
+    tracker = MLflow(uri=f"sqlite:///{out}/runs.db")
+    for found in (result(), result(status="failed", error="RunError: no", dense={}, pruned={}, plan=None)):
+        tracker.log(found, out)
+    runs = mlflow.search_runs(experiment_names=["pare"], output_format="list")
+    assert sorted(run.data.tags["status"] for run in runs) == ["failed", "ok"]
+    (good,) = [run.data for run in runs if run.data.tags["status"] == "ok"]
+    assert good.metrics["pruned/macs"] == 1200.0 and good.params["evals.latency.batch"] == "1"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the packages' own
+def test_wandb_for_real_writes_offline_files(out: Path) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    WandB().log(result(), out)
+    (written,) = out.glob("wandb/offline-run-*/run-*.wandb")
+    until(lambda: written.stat().st_size > 1000, seconds=30)  # a process of its own writes it
 
 
 def test_tensorboard_leaves_events_that_can_be_read(out: Path) -> None:
