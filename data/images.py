@@ -23,6 +23,7 @@ from data.base import Batch, DataBundle, Task, divided_rows, fingerprint_of
 from data.image_files import BOMB
 from models.preprocessing import ImagePreprocessing
 from utils.errors import InputError
+from utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from models.base import PrunableModel
@@ -237,12 +238,14 @@ def draw_calibration(items: ImageItems, transform: Transform, broken: Broken, lo
     drawn = _decoded(items, transform, order[:wanted], size, loading.workers)
     spare = _decoded(items, transform, order[wanted:], 1, 0)
     parts: list[Batch] = []
-    for batch, failures in chain(drawn, spare):
-        broken.add(failures)
-        parts += [batch] if batch is not None else []
-        if sum(len(part["labels"]) for part in parts) == wanted:
-            whole = {name: torch.cat([part[name] for part in parts]).split(size) for name in ("inputs", "labels")}
-            return [dict(zip(whole, rows, strict=True)) for rows in zip(*whole.values(), strict=True)]
+    with progress_bar("calibration images", loading.calibration_batches) as advance:
+        for batch, failures in chain(drawn, spare):
+            broken.add(failures)
+            parts += [batch] if batch is not None else []
+            advance("")
+            if sum(len(part["labels"]) for part in parts) == wanted:
+                whole = {name: torch.cat([part[name] for part in parts]).split(size) for name in ("inputs", "labels")}
+                return [dict(zip(whole, rows, strict=True)) for rows in zip(*whole.values(), strict=True)]
     raise InputError(f"{asked}: {wanted} samples; must be at most the {count - len(broken.reasons)} readable images")
 
 

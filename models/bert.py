@@ -29,6 +29,7 @@ from models.hf import (
 from models.keeping import Keeping
 from models.keeping_flow import KeepingFlow
 from models.ragged import Packing, cumulative, packing_of
+from models.settings import refuse_unknown_settings
 from utils.errors import InputError
 from utils.rules import Count, ExistingPath, checked
 from utils.training import Training
@@ -347,7 +348,7 @@ def _bert(
     settings: Mapping[str, Any] | None, training: Training | None,
 ) -> Bert:  # fmt: skip
     if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file():
-        asked = Recipe("models.bert.bert", {"name": name, "head": head, "classes": classes, "settings": {}})
+        asked = Recipe("models.bert.bert", {"name": name, "head": head, "classes": classes, "settings": settings})
         return _saved(checkpoint, stored_recipe(checkpoint, asked), asked, training if new_head else None)
     source = checkpoint or name
     if source is None:
@@ -365,6 +366,7 @@ def _bert(
 
 
 def _fresh(head: Head, classes: int | None, settings: Mapping[str, Any] | None, training: Training | None) -> Bert:
+    refuse_unknown_settings(settings or {}, str((settings or {}).get("model_type")))
     network = build_network(settings or {}, head, classes)
     arguments = {"name": None, "head": head, "classes": classes, "settings": _plain(network)}
     return Bert(network, Recipe("models.bert.bert", arguments), training)

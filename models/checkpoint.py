@@ -25,6 +25,7 @@ from models.merging import Reduction
 from models.slicing import keep_units
 from utils.errors import InputError, RunError
 from utils.plain_json import read_json
+from utils.progress import LARGE, followed, growing
 from utils.targets import is_model_builder
 
 MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
@@ -48,7 +49,9 @@ def save_model(model: PrunableModel, folder: Path) -> Path:
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         # transformers refuses a weights file that does not say where it comes from
-        save_file(model.to_checkpoint(tensors_of(model)), partial / WEIGHTS, metadata=METADATA)
+        tensors = model.to_checkpoint(tensors_of(model))
+        with growing("save the weights", partial, bytes_of(tensors)):
+            save_file(tensors, partial / WEIGHTS, metadata=METADATA)
         manifest = _manifest(model) | {"not_stock": _stock_files(model, partial)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         partial.chmod(0o755)
@@ -137,9 +140,16 @@ def fill(model: PrunableModel, tensors: Mapping[str, Tensor]) -> None:
     held = _untied(model)
     if held.keys() != tensors.keys():
         raise ValueError(f"tensors differ from the model's: {sorted(held.keys() ^ tensors.keys())}")
+    # a file's tensors are read when they are copied
+    items = followed("load the weights", tensors.items()) if bytes_of(tensors) >= LARGE else tensors.items()
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in items:
             held[name].copy_(tensor)
+
+
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of all of them."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _untied(model: PrunableModel) -> dict[str, Tensor]:
@@ -167,8 +177,17 @@ def stored_recipe(checkpoint: str, asked: Recipe) -> Recipe:
     refuse_absurd_sizes(manifest["arguments"], f"model.checkpoint={checkpoint}: arguments of {MANIFEST}")
     if asked.exact_name and name is not None and stored is not None and name != stored:
         raise InputError(f"model.checkpoint={checkpoint}: was saved from model.name={stored}, asked is {name}")
+    _refuse_other_settings(checkpoint, asked.arguments.get("settings"), manifest["arguments"].get("settings"))
     # an argument that the builder has gained since then is as the configuration says
     return replace(asked, arguments={**asked.arguments, **manifest["arguments"]})
+
+
+def _refuse_other_settings(checkpoint: str, asked: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -> None:
+    """Raise an InputError for a setting that the saved model does not have: the model is built as it was saved."""
+    for name, value in (asked or {}).items():
+        if name not in (found := stored or {}) or found[name] != value:
+            own = f"with {name}={found[name]}" if name in found else "without it"
+            raise InputError(f"model.settings.{name}={value}: model.checkpoint={checkpoint} was saved {own}")
 
 
 def load_weights(model: M, checkpoint: str, skip: Sequence[str] = (), foreign: Sequence[str] = ()) -> M:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,14 +11,16 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from models.base import PrunableModel
 from models.preprocessing import TextPreprocessing
 from models.remote_code import refuse_remote_code
+from models.settings import refuse_unknown_settings
 from models.shards import refuse_missing_shards
 from utils.errors import InputError
 from utils.hub import from_cache_or_hub
+from utils.plain_json import read_json
 
 Head = Literal["classification", "question_answering"]
 AUTO_CLASSES = {
@@ -25,6 +28,7 @@ AUTO_CLASSES = {
     "question_answering": "AutoModelForQuestionAnswering",
 }
 HEAD_WORDS = ("classifier", "pre_classifier", "qa_outputs", "pooler", "score")
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 SPECIAL_TOKENS = {
     "pad_token": ("[PAD]",), "unk_token": ("[UNK]", "<unk>"), "cls_token": ("[CLS]",), "sep_token": ("[SEP]",),
@@ -33,12 +37,22 @@ SPECIAL_TOKENS = {
 
 
 def config_of(source: str, local: bool, settings: Mapping[str, Any]) -> Any:
-    """A model's configuration from a folder or the hub, with `settings` on top."""
+    """A model's configuration from a folder or the hub, with `settings` on top.
 
-    def load(only_here: bool) -> Any:
+    Raises:
+        InputError: If it can't be had, or a setting is none of its own or would make it another kind.
+    """
+
+    def load(only_here: bool, **settings: Any) -> Any:
         return AutoConfig.from_pretrained(source, local_files_only=only_here, trust_remote_code=False, **settings)
 
-    return _fetched(load, source, local)
+    config = _fetched(load, source, local)
+    if not settings:
+        return config
+    refuse_unknown_settings(settings, config.model_type, fresh=False)
+    if (kind := settings.get("model_type", config.model_type)) != config.model_type:
+        raise InputError(f"model.settings.model_type={kind}: {source} holds a {config.model_type}; leave it out")
+    return _fetched(partial(load, **settings), source, local)
 
 
 def _fetched(load: Any, source: str, local: bool) -> Any:
@@ -253,7 +267,17 @@ def text_preprocessing(tokenizer: Any, config: Any) -> TextPreprocessing | None:
         tokenizer.model_input_names = [*tokenizer.model_input_names, "token_type_ids"]
     longest = min(config.max_position_embeddings - offset, tokenizer.model_max_length)
     names = dict(config.id2label or {})
-    return TextPreprocessing(tokenizer, longest, tuple(str(names[i]) for i in sorted(names)))
+    labels = tuple(str(names[i]) for i in sorted(names))
+    return TextPreprocessing(tokenizer, longest, labels, ends_of(tokenizer.eos_token_id, config))
+
+
+def ends_of(own: int | None, config: Any) -> tuple[int, ...]:
+    """Tokens that end a text: the tokenizer's own, and what a configuration names beside it."""
+    named = getattr(config, "eos_token_id", None)
+    if isinstance(named, list) and own in named:
+        return tuple(named)
+    # one that the tokenizer does not know of may be a default that means something else to it
+    return () if own is None else (own,)
 
 
 def write_stock(model: PrunableModel, folder: Path, changed: Mapping[str, Any]) -> None:
@@ -262,6 +286,30 @@ def write_stock(model: PrunableModel, folder: Path, changed: Mapping[str, Any]) 
     config.architectures = [type(model.network).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.save_pretrained(folder)
+
+
+def write_generation_defaults(network: Any, folder: Path) -> None:
+    """Keep how a model is to be asked for text (its ends, its temperature), where it says more than its configuration.
+
+    Written as it is: transformers refuses to save what it reads, such as a temperature beside greedy decoding.
+    """
+    if not getattr(network.generation_config, "_from_model_config", True):
+        network.generation_config.to_json_file(folder / GENERATION)
+
+
+def read_generation_defaults(network: Any, folder: Path) -> None:
+    """Take over what `write_generation_defaults` kept.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    if not (folder / GENERATION).is_file():
+        return
+    try:
+        with quiet():
+            network.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"model.checkpoint={folder}: {GENERATION} cannot be read: {error}") from error
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import StaticLayer
 
 from models.base import Attribute, Batch, Consumer, Emptied, PrunableModel, Recipe, UnitGroup, rows, unit_index
 from models.byte_tokenizer import byte_tokenizer
@@ -19,11 +20,14 @@ from models.hf import (
     config_of,
     load_tokenizer,
     plain_config,
+    read_generation_defaults,
     refuse_larger_vocabulary,
     text_preprocessing,
+    write_generation_defaults,
     write_stock,
 )
 from models.recast import recast
+from models.settings import refuse_unknown_settings
 from utils.errors import InputError
 from utils.rules import ExistingPath, checked
 from utils.training import Training
@@ -120,7 +124,11 @@ class Llama(PrunableModel):
     def new_cache(self, longest: int | None = None) -> Cache:
         """An empty cache: one that grows, or one of a fixed length in place."""
         config: Any = self.network.config
-        return DynamicCache(config=config) if longest is None else StaticCache(config=config, max_cache_len=longest)
+        if longest is None:
+            return DynamicCache(config=config)
+        # every layer at full length, whatever its window: the masks see to that, and a rolling cache counts its tokens
+        # in a Python number, for which code is compiled anew at every token and which can't be set back
+        return Cache(layers=[StaticLayer(max_cache_len=longest) for _ in self.blocks()])
 
     def next_logits(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Read tokens (B, T) at positions (B, T) into the cache; logits of the token after the last, (B, V)."""
@@ -138,6 +146,7 @@ class Llama(PrunableModel):
         """Transformers can express one number of heads and one of neurons for all layers."""
         if self.preprocessing is not None:
             self.preprocessing.tokenizer.save_pretrained(folder)
+        write_generation_defaults(self.network, folder)
         counts = {kind: [g.count for g in self.unit_groups() if g.kind == kind] for kind in ("head", "neuron")}
         for kind, what in (("head", "KV groups"), ("neuron", "neurons")):
             if len(set(counts[kind])) > 1 or 0 in counts[kind]:
@@ -242,7 +251,9 @@ def llama(
     arguments = {"name": name, "settings": dict(settings or {}), "tokenizer": tokenizer}
     if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file():
         stored = stored_recipe(checkpoint, Recipe("models.llama.llama", arguments))
-        model = Llama(build_causal(stored.arguments["settings"]), stored)
+        network = build_causal(stored.arguments["settings"])
+        read_generation_defaults(network, Path(checkpoint))
+        model = Llama(network, stored)
         return _with_tokenizer(load_weights(model, checkpoint), checkpoint, True)
     if (source := checkpoint or name) is None:
         return _fresh(arguments, training)
@@ -257,6 +268,7 @@ def _fresh(arguments: dict[str, Any], training: Training | None) -> Llama:
     if not arguments["settings"]:
         raise InputError("model=llama: give model.checkpoint=<folder>, model.name=<hub name>, or model.settings")
     settings = {"model_type": "llama", **arguments["settings"]}
+    refuse_unknown_settings(settings, str(settings["model_type"]))
     read = byte_tokenizer(settings.get("max_position_embeddings", 2048)) if arguments["tokenizer"] else None
     if read is not None:
         special = {"bos_token_id": read.bos_token_id, "eos_token_id": read.eos_token_id, "pad_token_id": None}

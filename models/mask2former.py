@@ -13,8 +13,9 @@ from models.base import Batch, Products, PrunableModel, Recipe, UnitGroup
 from models.checkpoint import MANIFEST, load_weights, stored_recipe
 from models.hf import plain_config, write_stock
 from models.mask2former_names import from_published, to_published
-from models.mask2former_network import PROCESSOR_FILE, STRIDE, built, images_of, loaded, processor_of
+from models.mask2former_network import KIND, PROCESSOR_FILE, STRIDE, built, images_of, loaded, processor_of
 from models.mask2former_units import all_groups, backbone_blocks, decoder_layers, mask_products, pixel_layers
+from models.settings import refuse_unknown_settings
 from utils.errors import InputError
 from utils.rules import Count, ExistingPath, checked
 from utils.training import Training
@@ -158,10 +159,12 @@ def mask2former(
     """
     size = _size(image_size)
     if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file():
-        return _saved(checkpoint, size, classes)
+        return _saved(checkpoint, size, classes, settings)
     given = dict(settings or {})
     if (source := checkpoint or name) is None and not given:
         raise InputError("model=mask2former: give model.checkpoint=<folder>, model.name=<hub name>, or model.settings")
+    if source is None:
+        refuse_unknown_settings(given, KIND)
     network = built(given, classes) if source is None else loaded(source, checkpoint is not None, given, classes)
     label = None if source is None else str(source).rstrip("/").split("/")[-1]
     model = Mask2Former(network, _recipe(label, network, size), training if source is None else None)
@@ -177,8 +180,10 @@ def _recipe(name: str | None, network: nn.Module, size: tuple[int, int] | None) 
     return Recipe("models.mask2former.mask2former", arguments)
 
 
-def _saved(checkpoint: str, size: tuple[int, int] | None, classes: int | None) -> Mask2Former:
-    asked = {"name": None, "classes": classes, "image_size": None, "settings": {}}
+def _saved(
+    checkpoint: str, size: tuple[int, int] | None, classes: int | None, settings: Mapping[str, Any] | None
+) -> Mask2Former:
+    asked = {"name": None, "classes": classes, "image_size": None, "settings": settings}
     stored = stored_recipe(checkpoint, Recipe("models.mask2former.mask2former", asked))
     if classes is not None and stored.arguments["classes"] != classes:
         raise InputError(

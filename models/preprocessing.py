@@ -12,11 +12,13 @@ class TextPreprocessing:
         tokenizer: A fast tokenizer of transformers.
         longest: Most tokens that the model can take, special ones included.
         labels: Names of the model's outputs in order; empty where they have none of their own.
+        ends: Tokens that end a text; models tuned to talk have several.
     """
 
     tokenizer: Any
     longest: int
     labels: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from models.checkpoint import fill, tensors_of
 from utils.code import code_hash
 from utils.distributed import divided
 from utils.memory import Portions, rows_of
+from utils.progress import followed
 from utils.storage import Artifact, Scratch, Store, folder_name
 from utils.training import History, Trained, Training, fit
 
@@ -115,7 +116,8 @@ def validate(model: PrunableModel, data: DataBundle, joint: bool = True) -> dict
         parts = [*portions.each(count, part)]
         return {}, {"samples": count} | {name: sum(found[name] for found in parts) for name in parts[0]}
 
-    for _, found in divided(data.validation, terms) if joint else map(terms, data.validation):
+    split = followed("validation", data.validation)
+    for _, found in divided(split, terms) if joint else map(terms, split):
         samples += found.pop("samples")
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value

@@ -12,6 +12,7 @@ from evals.base import Metric, refuse_unmeasurable
 from evals.evaluate import evaluate
 from evals.plots import draw_plots
 from evals.report import Record
+from evals.score_summary import score_summary
 from evals.segmentation_pictures import draw_segmentations
 from evals.summary import draw_summary, leave_sensitivity
 from evals.token_pictures import draw_token_plots
@@ -30,6 +31,7 @@ from prune.rounds import Outcome
 from utils.config import build
 from utils.distributed import described
 from utils.environment import describe_device, dtype_of, resolve_device
+from utils.progress import progress_bar
 from utils.seed import seed_everything
 from utils.storage import Store
 
@@ -68,6 +70,7 @@ def loaded(cfg: DictConfig, record: Record, store: Store) -> Loaded:
     """
     device = resolve_device(cfg.device)
     record.device = describe_device(device) | described()
+    record.joules.begin(device, cfg.get("joules", "counters"))
     seed_everything(cfg.seed)
     method, recovery = build(cfg.prune, METHOD), build(cfg.recover, RECOVERY)
     record.method, record.tracker = method.name, build(cfg.tracker, TRACKER)
@@ -101,8 +104,12 @@ def measured(cfg: DictConfig, parts: Loaded, model: PrunableModel, done: Outcome
     pruned = done.recovered.model
     between = [done.cut] if cfg.summary and done.cut is not pruned else []
     models = [model] if pruned is model else [model, *between, pruned]
-    for found in evaluate(models, parts.data, parts.metrics, store):
-        record.add(found)
+    found = evaluate(models, parts.data, parts.metrics, store)
+    # some metrics run a clock: nothing may draw meanwhile
+    with progress_bar("evaluate", len(parts.metrics), still=True) as advance:
+        for name, of_models in zip(parts.metrics, found, strict=True):
+            record.add(of_models)
+            advance(name)
 
 
 def saved(pruned: PrunableModel, out: Path) -> str:
@@ -113,6 +120,7 @@ def saved(pruned: PrunableModel, out: Path) -> str:
 def drawn(cfg: DictConfig, parts: Loaded, model: PrunableModel, done: Outcome, record: Record, out: Path) -> None:
     """Draw what there is to draw."""
     plan, pruned = done.plan, done.recovered.model
+    record.scores = score_summary(plan, done.ranking.scores)
     record.plots = draw_plots(plan, done.ranking.scores, record.history, done.recovered.history, out)
     record.plots += draw_token_plots(pruned, parts.data, record.pruned, out)
     record.pictures = draw_segmentations({"dense": model, "pruned": pruned}, parts.data, out)

@@ -183,7 +183,7 @@ class Structural(ABC):
         if not self.repair:
             return Applied(self.apply(model, plan), plan)
         wanted = None if teacher is None else {name: torch.tensor(kept).long() for name, kept in teacher.items()}
-        pruned, facts, found = repaired(self._repairs(), model, plan, data, store, wanted)
+        pruned, facts, found = repaired(self._repairs(plan), model, plan, data, store, wanted)
         said = replace(plan, details={**plan.details, "repair": facts})
         return Applied(pruned, said, key_hash({"repaired": found.path.name}), found.path, found.hit)
 
@@ -191,7 +191,8 @@ class Structural(ABC):
         """Which gradients rearrangement goes by."""
         return GateGradients()
 
-    def _repairs(self) -> Repairs:
+    def _repairs(self, plan: Plan | None = None) -> Repairs:
+        """What is done to a cut model; None for any plan."""
         return Repairs(tuple(self.repair), self.ridge, self.follow)
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from evals.macs import counted_macs
 from main import run
@@ -236,6 +236,25 @@ def test_a_folder_of_transformers_is_a_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(logits(found, batch), logits(model, batch)) and found.name == "small" and found.has_weights
     assert found.preprocessing.longest == 64 and found.preprocessing.tokenizer("a")["input_ids"][0] == 256
     assert str(tmp_path) not in json.dumps(found.recipe.arguments)
+
+
+def test_how_it_is_to_be_asked_for_text_stays_with_it(tmp_path: Path) -> None:
+    """Odd values too, which transformers reads and refuses to write: a temperature beside greedy decoding."""
+    transformers_folder(tmp_path / "talks")
+    odd = {"eos_token_id": [257, 3], "temperature": 0.3, "do_sample": False, "max_length": 7}
+    (tmp_path / "talks/generation_config.json").write_text(json.dumps(odd))
+    model = llama(checkpoint=str(tmp_path / "talks"))
+    for number in range(2):  # the second time from a folder of ours
+        save_model(cut(model, Plan.of(model, {})), tmp_path / f"saved{number}")
+        found = GenerationConfig.from_pretrained(tmp_path / f"saved{number}")
+        assert {name: getattr(found, name) for name in odd} == odd
+        model = llama(checkpoint=str(tmp_path / f"saved{number}"))
+    for damaged in ("[1]", '{"max_new_tokens": -1}', "{"):
+        (tmp_path / "saved1/generation_config.json").write_text(damaged)
+        with pytest.raises(InputError, match="model.checkpoint=.*saved1: generation_config.json cannot be read: "):
+            llama(checkpoint=str(tmp_path / "saved1"))
+    save_model(bytes_reader(), tmp_path / "silent")
+    assert not (tmp_path / "silent/generation_config.json").exists(), "its configuration says all there is"
 
 
 def test_a_missing_shard_and_a_missing_weight_are_named(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from utils.code import code_hash
 from utils.data_parallel import divided_loss
 from utils.errors import InputError
 from utils.launched import launched
+from utils.progress import followed
 from utils.rules import Count, NonNegative, Positive, Range, Ratio
 from utils.storage import Artifact, Scratch, Store, folder_name
 from utils.training import History, TrainBatches, Trained, Training, fit
@@ -248,7 +249,7 @@ def _scored(model: PrunableModel, data: DataBundle, held: TrainBatches | None, j
 def _mean_loss(model: PrunableModel, data: DataBundle, batches: TrainBatches) -> float:
     batches.set_epoch(1)  # the same random changes every time
     total, count = 0.0, 0
-    for batch in batches:
+    for batch in followed("held-out loss", batches):
         placed, size = model.place(batch), len(next(iter(batch.values())))
         total += float(data.task.loss(model.logits(placed), placed)) * size
         count += size
