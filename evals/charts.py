@@ -7,6 +7,8 @@ light or dark theme, which only its script knows.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from evals.values import PER_TEXT, quality_of
+
 Result = Mapping[str, Any]
 Chart = dict[str, Any]
 View = dict[str, Any]
@@ -31,9 +33,11 @@ def charts_of(runs: Mapping[str, Result]) -> list[Chart]:
 
 def pareto(runs: Mapping[str, Result]) -> Iterator[View]:
     """Quality against each cost: one line a method, dense models marked; one view a cost."""
-    quality = next((q for q in map(_quality, runs.values()) if q), None)
+    quality = next((q for q in (quality_of(result["pruned"]) for result in runs.values()) if q), None)
     if quality is None:
         return
+    perplexity = any(result["pruned"].get(quality, {}).get("unit") in PER_TEXT for result in runs.values())
+    more = {"log_y": True} if perplexity else {}
     for cost in COSTS:
         lines: dict[str, list[tuple[float, float, str]]] = {}
         dense: dict[tuple[float, float], str] = {}
@@ -47,7 +51,7 @@ def pareto(runs: Mapping[str, Result]) -> Iterator[View]:
             traces = [_scatter(label, p, f"series-{i}") for label, p, i in points]
             traces.append(_scatter("dense", [(*p, n) for p, n in dense.items()], "text", "markers", "star"))
             unit = next(r["pruned"][cost]["unit"] for r in runs.values() if cost in r["pruned"])
-            yield _view(f"{quality} against {cost}", traces, f"{cost} ({unit})", quality)
+            yield _view(f"{quality} against {cost}", traces, f"{cost} ({unit})", quality, more)
 
 
 def speed(runs: Mapping[str, Result]) -> Iterator[View]:
@@ -196,10 +200,6 @@ def curves(runs: Mapping[str, Result]) -> Iterator[View]:
             ]
             if traces:
                 yield _view(_named(runs, name, what), traces, "epoch", "value")
-
-
-def _quality(result: Result) -> str | None:
-    return next((name for name, m in result["pruned"].items() if m.get("unit") == "fraction"), None)
 
 
 def _point(found: Mapping[str, Any], cost: str, quality: str) -> tuple[float, float] | None:

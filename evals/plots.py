@@ -221,6 +221,9 @@ def pareto(
     scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= s), (1, ""))
     axes.xaxis.set_major_formatter(lambda macs, _: f"{macs / scale:g}")
     axes.set(xlabel=f"MACs per sample ({unit})", ylabel=quality, title=f"{quality} against MACs")
+    values = [value for _, value in [*dense, *(p for points in lines.values() for p in points)]]
+    if max(values) > 1:  # a perplexity; shares are 1 at most
+        _log_scale(axes, few_decades=max(values) < 1000 * min(values))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
     return figure

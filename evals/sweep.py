@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from evals.appendix import appendix
 from evals.protocols import SIDES, Columns, column_names, protocol_of
 from evals.trainings import draw_trainings
-from evals.values import finite
+from evals.values import finite, quality_of
 from utils.compose import ComposedOnce
 from utils.files import write_atomically
 from utils.jobs import given_to
@@ -169,7 +169,7 @@ def _facts(found: dict[str, Any], columns: Columns) -> Row:
     def column(name: str, measured: dict[str, Any]) -> str:
         return columns.get(name, {}).get(protocol_of(measured), name)
 
-    quality = next(((name, m) for name, m in found["dense"].items() if m["unit"] == "fraction"), None)
+    quality = quality_of(found["dense"])
     return {
         "status": found["status"],
         "error": found["error"] or "",
@@ -178,7 +178,7 @@ def _facts(found: dict[str, Any], columns: Columns) -> Row:
         "ratio_reached": plan.get("ratio_reached"),
         "cache_hit": found["cache"]["hit"],
         "seconds": found["seconds"]["total"],
-        "quality": column(*quality) if quality else "",
+        "quality": column(quality, found["dense"][quality]) if quality else "",
         **{f"{s}_{column(name, measured)}": measured["value"] for s in SIDES for name, measured in found[s].items()},
     }
 
@@ -209,7 +209,8 @@ def _varied(rows: Sequence[Row]) -> list[str]:
 
 
 def _markdown(rows: Sequence[Row], pareto: bool, legend: Sequence[str]) -> str:
-    metrics = [c for c in _columns(rows) if c.startswith("pruned_")]
+    measured = [c for c in _columns(rows) if c.startswith("pruned_")]
+    metrics = [c for c in measured if any(row.get(c) is not None for row in rows)] or measured
     dense = _common_dense(rows, metrics)
     shown = metrics if dense else [side + m.removeprefix("pruned_") for m in metrics for side in ("dense_", "pruned_")]
     columns = ["job", "status", *_varied(rows), "ratio_reached", *shown, "seconds"]
@@ -222,6 +223,8 @@ def _markdown(rows: Sequence[Row], pareto: bool, legend: Sequence[str]) -> str:
         f"{m.removeprefix('pruned_')} {_shown(dense.get(m.replace('pruned_', 'dense_')))}" for m in metrics
     )
     lines += ["", f"Dense: {values}.", ""] if dense else [""]
+    if left_out := [m.removeprefix("pruned_") for m in measured if m not in metrics]:
+        lines += [f"Without a figure in any job, for the reasons in their reports: {', '.join(left_out)}.", ""]
     lines += [line for entry in legend for line in (entry, "")]
     return "\n".join([*lines, "![Pareto](pareto.png)", ""] if pareto else lines)
 

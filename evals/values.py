@@ -8,7 +8,17 @@ from evals.protocols import protocol_of
 
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 LOSSES = ("nat", "squared error")
+# of perplexities
+PER_TEXT = ("per token", "per word", "per byte")
 Found = Mapping[str, Any]
+
+
+def quality_of(measured: Mapping[str, Found]) -> str | None:
+    """The metric that tells how good a model is: the first share of a split, else the first perplexity."""
+    for units in (("fraction",), PER_TEXT):
+        if (found := next((name for name, m in measured.items() if m.get("unit") in units), None)) is not None:
+            return found
+    return None
 
 
 def shown(found: Found) -> str:

@@ -28,6 +28,7 @@ from prune.latency import with_latency
 from prune.recovery.base import Recovery
 from prune.rewriting import refuse_unreachable
 from prune.rounds import Outcome
+from utils.check import is_selected
 from utils.config import build
 from utils.distributed import described
 from utils.environment import describe_device, dtype_of, resolve_device
@@ -83,7 +84,7 @@ def loaded(cfg: DictConfig, record: Record, store: Store) -> Loaded:
     settle(model, device, getattr(method, "offload", False))
     refuse_untrained(model)
     refuse_misfit(model, data)
-    metrics = {name: build(node, METRIC) for name, node in cfg.evals.items()}
+    metrics = {name: build(node, METRIC) for name, node in cfg.evals.items() if is_selected(node)}
     refuse_unmeasurable(metrics, model, data)
     priced = partial(with_latency, method, data=data, store=store, dtype=dtype_of(cfg.dtype, model.dtype))
     costs = priced(costs=cost_model(model, data.example), model=model)

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from utils.check import find_problems
 from utils.cli import parse_command_line
 from utils.compose import CommandLine, ComposedOnce, JobComposer, command_line_problems
 
@@ -62,6 +63,7 @@ def test_every_yaml_starts_with_its_command(path: Path) -> None:
         ("-m", "prune.ratio=0.1,0.2", "prune=taylor,fisher"),
         ("-m", "prune.ratio=range(0.1,0.4,0.1)", "model.heads=choice(2,4)"),
         ("-m", "+experiment=glob(*)"),
+        ("+experiment=tiny_llama_benchmark", "evals=[generation]"),  # sets more of decode and energy
         ("hydra.run.dir=elsewhere", "hydra.job_logging.root.level=ERROR"),
         ("model.image_size=null", "model.tokens=4", "model.token_width=2"),
         ("prune.budget=params", "prune.min_keep=0", "prune.round_to=8", "prune.normalize=lamp"),
@@ -69,6 +71,12 @@ def test_every_yaml_starts_with_its_command(path: Path) -> None:
 )
 def test_right_command_lines_have_no_problem(arguments: tuple[str, ...]) -> None:
     assert problems(*arguments) == []
+
+
+def test_settings_wait_for_their_metric_but_not_for_one_that_nobody_knows() -> None:
+    cfg = OmegaConf.create({"evals": {"decode": {"seconds": 1}, "acuracy": {"batch": 2}}})
+    found = [problem for problem in find_problems(cfg, ["decode", "accuracy"]) if problem.startswith("evals")]
+    assert len(found) == 1 and found[0].startswith("evals.acuracy={batch}: must be one of the options of evals")
 
 
 CASES = [

@@ -87,6 +87,29 @@ def test_several_dense_models_are_shown_row_by_row(tmp_path: Path) -> None:
     assert "dense_accuracy" in report and "Dense:" not in report and "| 0.8 | 0.7 |" in report
 
 
+def test_perplexities_are_drawn_and_columns_without_a_figure_are_named(tmp_path: Path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr("evals.plots.save_figure", lambda figure, path: drawn.append(figure))
+    for number, (perplexity, macs) in enumerate(((6.0, 80), (30.0, 50))):
+        sides = {
+            side: {
+                "energy": {"value": None, "unit": "J", "reason": "no meter"},
+                "macs": {"value": cost, "unit": "MAC/sample"},
+                "perplexity": {"value": value, "unit": "per token"},
+            }
+            for side, value, cost in (("dense", 5.0, 100), ("pruned", perplexity, macs))
+        }
+        rest = {"status": "ok", "error": None, "method": "m", "plan": None, "cache": {"hit": False}}
+        job(tmp_path, number, json.dumps(sides | rest | {"seconds": {"total": 1.0}}))
+    rebuild(tmp_path)
+    (axes,) = drawn[0].axes
+    assert axes.get_yscale() == "log" and axes.get_ylabel() == "perplexity"
+    assert sorted(map(tuple, axes.lines[0].get_xydata().tolist())) == [(50, 30.0), (80, 6.0)]
+    report = (tmp_path / "report.md").read_text()
+    assert "Without a figure in any job, for the reasons in their reports: energy." in report
+    assert "pruned_energy" not in report and "pareto.png" in report
+
+
 def job(folder: Path, number: int, text: str | None) -> None:
     (folder / str(number)).mkdir()
     if text is not None:

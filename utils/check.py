@@ -5,7 +5,7 @@ Nothing heavy is imported here: signatures and types come from source files.
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import count
 from typing import Any, Literal
@@ -34,8 +34,12 @@ class Problem:
     text: str
 
 
-def find_problems(cfg: DictConfig) -> list[str]:
+def find_problems(cfg: DictConfig, metrics: Collection[str] = ()) -> list[str]:
     """List every mistake of a composed configuration; an empty list means none.
+
+    Args:
+        cfg: The configuration.
+        metrics: All that could be selected; what an experiment sets for one that is not waits for it.
 
     Covers missing values, unknown and missing arguments of every `_target_`, their types
     and ranges, targets that do not exist, and interpolations that lead nowhere. A mistake
@@ -47,7 +51,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
         if value != "???" and (broken := broken_rule(value, rule)):
             problems.append(Problem(key, f"{key}={_shown(value)}: {broken}"))
     problems += _secret_problems(cfg, plain)
-    problems += _root_problems(plain)
+    problems += _root_problems(plain, metrics)
     problems += _node_problems(plain, "")
     at_fault = {problem.key for problem in problems}
     return [redacted(p.text) for p in problems if not _sources(cfg, p.key) & (at_fault - {p.key})]
@@ -108,19 +112,25 @@ def _cut(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:80]}… ({len(text)} characters)"
 
 
-def _root_problems(plain: Mapping[str, Any]) -> Iterator[Problem]:
+def _root_problems(plain: Mapping[str, Any], metrics: Collection[str]) -> Iterator[Problem]:
     """Unknown keys at the root, and components that are no component."""
     known = {field.name for field in fields(Config)}
     for key in plain.keys() - known:
         yield Problem(key, f"{key}={_shown(plain[key])}: the configuration has no key {key!r}; {suggest(key, known)}")
     for key in known - ROOT_RULES.keys():
         node = plain.get(key)
-        metrics = node if key == "evals" and isinstance(node, Mapping) else None
-        components = {key: node} if metrics is None else {f"evals.{name}": metric for name, metric in metrics.items()}
+        components = {key: node}
+        if key == "evals" and isinstance(node, Mapping):
+            components = {f"evals.{n}": m for n, m in node.items() if n not in metrics or is_selected(m)}
         for path, component in components.items():
             if component != "???" and not (isinstance(component, Mapping) and "_target_" in component):
                 rule = f"must be one of the options of {key.split('.')[0]}, a mapping with a _target_"
                 yield Problem(path, f"{path}={_shown(component)}: {rule}")
+
+
+def is_selected(metric: object) -> bool:
+    """Whether a node among the metrics is one of its own, and not only settings for one."""
+    return not isinstance(metric, Mapping | DictConfig) or "_target_" in metric
 
 
 def _secret_problems(cfg: DictConfig, plain: Mapping[str, Any]) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.check import find_problems, resolved, suggest
+from utils.check import find_problems, is_selected, resolved, suggest
 from utils.config import ROOT_RULES
 from utils.config_files import config_file_problems, searched_folders
 from utils.engines import engine_problems, searches
@@ -292,19 +292,24 @@ def _engine_problems(line: CommandLine, job: list[str], compose_job: JobComposer
     node = hydra_node(line, overrides)
     if node is None or not is_sweep(line, overrides):
         return []
-    return engine_problems(node, [str(name) for name in compose_job(job).evals])
+    metrics = compose_job(job).evals
+    return engine_problems(node, [str(name) for name in metrics if is_selected(metrics[name])])
 
 
 def _job_problems(line: CommandLine, overrides: list[str], compose_job: JobComposer) -> list[str]:
     try:
         cfg = compose_job(overrides)
-        return [*_ignored_additions(cfg, overrides), *find_problems(cfg)]
+        return [*_ignored_additions(cfg, overrides), *find_problems(cfg, _metrics())]
     except CANNOT_COMPOSE as error:
         problems, good = _guilty(line, overrides)
         try:
-            return problems + find_problems(compose(line.config_name, good))
+            return problems + find_problems(compose(line.config_name, good), _metrics())
         except CANNOT_COMPOSE:
             return problems or [_first_line(error)]
+
+
+def _metrics() -> list[str]:
+    return _loader().get_group_options("evals")
 
 
 def _misused_groups(overrides: list[str]) -> Iterator[tuple[str, str]]:
