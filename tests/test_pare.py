@@ -155,6 +155,18 @@ def test_the_split_follows_the_curves(tmp_path: Path) -> None:
     assert not both.keeps_all_units and both.tokens is not None and 0 < both.details["ratio_of_units"] < 0.4
 
 
+def test_units_give_no_more_than_is_missing_beside_the_last_block(monkeypatch) -> None:
+    model, data = small()
+    costs, scores = cost_model(model, data.example), Obs().rank(model, data)
+    found = Scores(scores.terms, {"units": [[0.1, 0.01, 0]], "tokens": [[0.5, 0.01, 0]]})
+    monkeypatch.setattr("prune.rankers.pare.splits", lambda units, tokens, ratio: [ratio - 0.01])
+    for ratio in (0.4, 0.5, 0.6):  # the last block alone gives a third
+        plan = Pare(ratio=ratio).plan(model, found, costs)
+        assert plan.tokens is not None and plan.tokens.front_only and not plan.keeps_all_units
+        assert plan.details["ratio_of_units"] < ratio - 0.02
+        assert 0 <= plan.ratio_reached - ratio < 0.02
+
+
 def test_what_the_last_block_computes_for_no_answer_goes_first(tmp_path: Path) -> None:
     model, data = small()
     costs, scores = cost_model(model, data.example), Obs().rank(model, data)
@@ -228,7 +240,7 @@ def test_gates_are_tuned_to_the_model_halfway_also_where_tokens_merge() -> None:
     costs, scores = cost_model(model, data.example), Obs().rank(model, data)
     curve = [[0.1, 0.01, 2], [0.7, 1.0, 2]]
     found = Scores(scores.terms, {"units": curve, "tokens": curve})
-    plan = Pare(ratio=0.3, repair=("refit", "gates")).plan(model, found, costs)
+    plan = Pare(ratio=0.5, repair=("refit", "gates")).plan(model, found, costs)
     assert plan.tokens is not None and not plan.keeps_all_units
     share = plan.details["ratio_of_units"]
     alone = Obs(ratio=share, repair=("gates",)).plan(model, scores, costs)

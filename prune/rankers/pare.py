@@ -4,7 +4,7 @@ How much units and tokens give is read off two curves, taken once on calibration
 units alone go, and when tokens alone do. No label is looked at, nothing is trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from types import ModuleType
@@ -129,7 +129,7 @@ class Pare(Obs):
         for share in splits(units, merged, self.ratio):
             plan = self._split(share, model, scores, costs, tokens)
             if plan is not None:
-                return replace(plan, details={**plan.details, "ratio_of_units": round(share, 9), "tried": tried})
+                return replace(plan, details={"ratio_of_units": round(share, 9), **plan.details, "tried": tried})
         raise AssertionError("units alone are among the splits")
 
     def _split(
@@ -138,20 +138,26 @@ class Pare(Obs):
         """Units for a ratio, and tokens for the rest; None where tokens of what units leave can't give it."""
         if share >= self.ratio:
             return super().plan(model, scores, costs)
-        units, combined = replace(self, ratio=share), self.combine(model, scores)
-        kept = units._kept(combined, costs) if share else {}
-        left = cut_costs(tokens, model, {name: len(units) for name, units in kept.items()})
-        shape = _nearest(scores.facts["tokens"], 1 - (1 - self.ratio) / (1 - share))
+        combined, whole = self.combine(model, scores), costs.total("macs")
+
+        def at(part: float) -> tuple[dict[str, torch.Tensor], TokenCosts, Reduction]:
+            kept = replace(self, ratio=part)._kept(combined, costs) if part else {}
+            left = cut_costs(tokens, model, {name: len(units) for name, units in kept.items()})
+            shape = _nearest(scores.facts["tokens"], 1 - (1 - self.ratio) / (1 - part))
+            return kept, left, careful(self.ratio, tokens, shape).reduction(left, whole)
+
         try:
-            reduction = careful(self.ratio, tokens, shape).reduction(left, costs.total("macs"))
+            if share and not at(share)[2].merges:  # the last block gives more than is missing
+                share = round(least(lambda part: not at(part)[2].merges, share), 9)
+            kept, left, reduction = at(share)
         except InputError:
             return None
         plan = Plan.of(
             model, kept, budget="macs", ratio_asked=self.ratio,
-            ratio_reached=1 - left.of(reduction) / costs.total("macs"), tokens=reduction,
-            token_counts=tuple(left.counts(reduction)),
+            ratio_reached=1 - left.of(reduction) / whole, tokens=reduction, token_counts=tuple(left.counts(reduction)),
         )  # fmt: skip
-        return units._with_teacher(plan, combined, costs)
+        plan = replace(self, ratio=share)._with_teacher(plan, combined, costs)
+        return replace(plan, details={**plan.details, "ratio_of_units": round(share, 9)})
 
     def apply_on(self, model: PrunableModel, plan: Plan, data: DataBundle, store: Store) -> Applied:
         """As for any method of units; without a unit or a token gone there is nothing to make up for."""
@@ -186,6 +192,18 @@ class Pare(Obs):
             pair = Pair(model, student, whole, plan.kept, model)
             rebuilt(pair, fitted, Refit(self.ridge, self.follow), "refit", None)
         return student
+
+
+def least(holds: Callable[[float], bool], largest: float) -> float:
+    """The least ratio for which something holds that holds for a larger one; to a ten-thousandth."""
+    low, high = 0.0, largest
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        try:
+            low, high = (low, middle) if holds(middle) else (middle, high)
+        except InputError:
+            low = middle
+    return high
 
 
 def _nearest(points: Sequence[tuple[float, float, int]], ratio: float) -> float | None:
