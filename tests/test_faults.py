@@ -97,7 +97,8 @@ def undisturbed(runs: Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 def test_a_killed_run_ends_the_same(runs: Runner, undisturbed: tuple[Found, dict[str, int]], tmp_path: Path) -> None:
     wanted, events = undisturbed
-    assert len([name for name in wanted if name.endswith(".safetensors")]) == 5, "training, scores, recovery, answers"
+    kept = [name for name in wanted if name.endswith(".safetensors")]
+    assert len(kept) == 7, "training, scores, recovery, answers, what is right in them"
     kinds: list[Kind] = ["file", "call"]
     for kind in kinds:
         for at in moments(events[kind], 2, seed=time.time_ns() % 1000):
@@ -131,6 +132,7 @@ def test_a_sweep_killed_anywhere_ends_the_same(runs: Runner, tmp_path: Path) -> 
         assert bits(folder) == wanted
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_while_it_recovers(
     runs: Runner, undisturbed: tuple[Found, dict[str, int]], tmp_path: Path
 ) -> None:
@@ -243,7 +245,7 @@ def test_a_half_done_file_with_other_facts_is_not_gone_on_from(tmp_path: Path, c
     assert scratch.load() is None and "checksum" in caplog.text
 
 
-@pytest.mark.parametrize("stamp", [4_000_000_000, 1])
+@pytest.mark.parametrize("stamp", [4_000_000_000, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_clock_that_jumped_changes_nothing(
     runs: Runner, undisturbed: tuple[Found, dict[str, int]], tmp_path: Path, stamp: int
 ) -> None:

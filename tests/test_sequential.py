@@ -336,7 +336,9 @@ def test_a_sparse_model_is_saved_and_pruned_further(small_config: Compose, tmp_p
     first = run(small_config("prune=wanda", metrics, "save=true"), tmp_path / "0").to_json()
     folder = f"model.checkpoint={tmp_path / '0' / 'model'}"
     again = run(small_config("prune=none", metrics, folder), tmp_path / "1").to_json()
-    assert again["dense"] == first["pruned"]
+    # the files that a figure rests on are named after the side
+    without_files = [{n: {**m, "files": {}} for n, m in side.items()} for side in (again["dense"], first["pruned"])]
+    assert without_files[0] == without_files[1]
     more = run(small_config("prune=wanda", "prune.ratio=0.7", metrics, folder), tmp_path / "2").to_json()
     assert more["pruned"]["nonzero_params"]["value"] < first["pruned"]["nonzero_params"]["value"]
 

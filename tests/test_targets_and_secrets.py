@@ -170,7 +170,7 @@ class Spilling(Random):
 '''
 
 
-@pytest.mark.parametrize("fails", ["", "1"])
+@pytest.mark.parametrize("fails", ["1", pytest.param("", marks=pytest.mark.slow)])
 def test_no_file_and_no_line_of_a_run_holds_the_token(fails: str, tmp_path: Path) -> None:
     (tmp_path / "spilling.py").write_text(SPILLING)
     environment = os.environ | {"HF_TOKEN": TOKEN, "MY_API_KEY": PLAIN, "PYTHONPATH": str(tmp_path), "FAIL": fails}

@@ -570,7 +570,7 @@ def test_squad_examples_padding_and_refusals(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "train", "validation"),
     [("sst2", 67349, 872), ("cola", 8551, 1043), ("rte", 2490, 277), ("stsb", 5749, 1500), ("mrpc", 3668, 408),
-     ("qnli", 0, 5463)],
+     pytest.param("qnli", 0, 5463, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_the_real_files(task: str, train: int, validation: int) -> None:
     own = PreTrainedTokenizerFast(
