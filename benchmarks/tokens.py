@@ -196,6 +196,8 @@ def glue_lengths(task: str, count: int) -> Tensor:
     """Tokens of the first sentences or pairs of a task's dev set, special tokens included."""
     folder, columns = SENTENCES[task]
     tokenizer = Tokenizer.from_file(str(DATA / "tokenizers" / "bert-base-uncased" / "tokenizer.json"))
+    tokenizer.no_padding()  # the file says up to 256
+    tokenizer.no_truncation()
     lines = (DATA / "glue" / folder / "dev.tsv").read_text(encoding="utf-8").splitlines()[1 : count + 1]
     rows = [[line.split("\t")[column] for column in columns] for line in lines]
     ids = [tokenizer.encode_batch([row[i] for row in rows], add_special_tokens=False) for i in range(len(columns))]
