@@ -162,7 +162,7 @@ def test_units_give_no_more_than_is_missing_beside_the_last_block(monkeypatch) -
     monkeypatch.setattr("prune.rankers.pare.splits", lambda units, tokens, ratio: [ratio - 0.01])
     for ratio in (0.4, 0.5, 0.6):  # the last block alone gives a third
         plan = Pare(ratio=ratio).plan(model, found, costs)
-        assert plan.tokens is not None and plan.tokens.front_only and not plan.keeps_all_units
+        assert isinstance(plan.tokens, Reduction) and plan.tokens.front_only and not plan.keeps_all_units
         assert plan.details["ratio_of_units"] < ratio - 0.02
         assert 0 <= plan.ratio_reached - ratio < 0.02
 
