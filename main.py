@@ -4,6 +4,7 @@ python main.py                               # the toy encoder on handwritten di
 python main.py prune=taylor prune.ratio=0.6  # another method, another ratio
 """
 
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from prune.optin.published_config import expanded
 from utils.cli import command, exit_codes, launch
 from utils.from_python import configured, dated_folder
+from utils.garbage import for_good
 from utils.launched import speaks
 from utils.secrets import redacted
 
@@ -79,8 +81,10 @@ def run(
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(cfg: DictConfig) -> tuple[float, ...] | None:
     """Run one job, print what it found, and return what a search goes by."""
-    from evals.objectives import objectives
-    from evals.terminal import print_record
+    with for_good(first="torch" not in sys.modules):
+        import prune.recipe  # noqa: F401 what `run` needs
+        from evals.objectives import objectives
+        from evals.terminal import print_record
 
     out = Path(HydraConfig.get().runtime.output_dir)
     with exit_codes():

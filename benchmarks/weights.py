@@ -34,6 +34,7 @@ from models.llama import llama
 from models.visiting import settle
 from prune.weights.masks import Pattern, pattern_mask
 from prune.weights.method import WeightSparsity
+from prune.weights.products import linear
 from prune.weights.sequential import rewritten, written
 from prune.weights.sparsegpt import SparseGPT, inverse_factor, sparsegpt
 from prune.weights.statistics import Gram, SquaredNorms
@@ -196,7 +197,7 @@ def floor_seconds(model: PrunableModel, data: DataBundle, device: str) -> float:
     weight = next(linears(model)).weight.detach()
     wide = torch.randn(4 * weight.shape[1], weight.shape[1], dtype=weight.dtype).to(device)
     x = torch.randn(rows.numel(), weight.shape[1], dtype=weight.dtype).to(device)
-    times = in_turns({"mm": lambda: [x @ wide.T for _ in range(10)]}, device, 7)["mm"]
+    times = in_turns({"mm": lambda: [linear(x, wide) for _ in range(10)]}, device, 7)["mm"]
     # the process's own time on a CPU: other work does not count there
     return macs / (10 * x.numel() * len(wide)) * min(times.cpu if device == "cpu" else times.wall)
 
@@ -271,8 +272,8 @@ def compare_patterns(report: Report) -> None:
     scores = torch.rand(2048, 8192, generator=torch.Generator().manual_seed(0)).to(report.device)
     for pattern in (Pattern(2, 4), Pattern(4, 8)):
         report.compare(
-            f"{pattern.zeros}:{pattern.of}, one matrix of 2048 x 8192", lambda p=pattern: ~loop_pattern(scores, p),
-            {"ours": lambda p=pattern: ~pattern_mask(scores, p)}, more=4,
+            f"{pattern.zeros}:{pattern.of}, one matrix of 2048 x 8192", lambda p=pattern: loop_pattern(scores, p),
+            {"ours": lambda p=pattern: pattern_mask(scores, p)}, more=4,
         )  # fmt: skip
 
 

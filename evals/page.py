@@ -130,4 +130,4 @@ def _plotly() -> str:
     found = find_spec("plotly")
     places = found.submodule_search_locations if found else None
     path = Path(places[0]) / "package_data" / "plotly.min.js" if places else None
-    return b64encode(gzip.compress(path.read_bytes(), mtime=0)).decode() if path and path.is_file() else ""
+    return b64encode(gzip.compress(path.read_bytes(), 6, mtime=0)).decode() if path and path.is_file() else ""

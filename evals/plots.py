@@ -1,6 +1,5 @@
 """The pictures of a run and of a sweep: units kept, scores, learning curves, Pareto."""
 
-import io
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -8,8 +7,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
+from evals.frames import Framed, log_scale, png
 from prune.base import GroupPlan, Plan, Scores
 from utils.files import write_atomically
 
@@ -17,6 +18,10 @@ KEPT, GONE, LINE = "#2a6f97", "#d9d9d9", "#c1440e"
 MANY = (
     "#2a6f97", "#c1440e", "#5c8001", "#8a4fbf", "#b8860b", "#16867d", "#a23b72", "#6c757d", "#d98e73", "#8fb8de",
 )  # fmt: skip
+
+# by kind of unit: layer and number of units of each group; layer and scores of each group
+Counted = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+Scored = tuple[tuple[str, tuple[tuple[int, bytes], ...]], ...]
 
 
 def draw_plots(
@@ -33,10 +38,13 @@ def draw_plots(
     if plan.tokens:
         drawn["tokens.png"] = tokens_per_block(plan)
     if plan.groups and plan.budget and not ((plan.tokens or plan.blocks) and plan.keeps_all_units):
-        drawn["kept_units.png"] = kept_units(plan)
+        drawn["kept_units.png"] = png(_with_kept(_same_kept_frame(_counted(plan)), plan))
     for term, groups in scores.terms.items() if plan.groups else ():
-        draw = scores_per_block if plan.blocks else scores_per_layer
-        drawn[f"scores_{term}.png"] = draw(plan, groups, term)
+        if plan.blocks:
+            drawn[f"scores_{term}.png"] = scores_per_block(plan, groups, term)
+        else:
+            frame = _same_scores_frame(_scored(plan, groups), term)
+            drawn[f"scores_{term}.png"] = png(_with_scores(frame, plan, groups))
     if history:
         drawn["training_curve.png"] = _dense_curve(tuple(tuple(row.items()) for row in history))
     if recovery:
@@ -44,6 +52,18 @@ def draw_plots(
     for name, figure in drawn.items():
         save_figure(figure, folder / name)
     return [f"plots/{name}" for name in drawn]
+
+
+@lru_cache(maxsize=2)
+def _same_kept_frame(counted: Counted) -> Framed:
+    """The frame that a job before used, if it had the same units."""
+    return _kept_frame(counted)
+
+
+@lru_cache(maxsize=8)
+def _same_scores_frame(scored: Scored, term: str) -> Framed:
+    """The frame that a job before used, if it had the same scores."""
+    return _scores_frame(scored, term)
 
 
 @lru_cache(maxsize=8)
@@ -59,8 +79,8 @@ def _by_kind(plan: Plan) -> dict[str, list[GroupPlan]]:
     return kinds
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5.2 * count, 3.6))
+def _panels(count: int) -> tuple[Framed, list[Axes]]:
+    figure = Framed(figsize=(5.2 * count, 3.6))
     # fixed margins: finding them by layout costs as much as drawing, in every job of a sweep
     figure.subplots_adjust(left=0.8 / (5.2 * count), right=1 - 0.15 / (5.2 * count), bottom=0.14, top=0.83, wspace=0.22)
     axes = list(figure.subplots(1, count, squeeze=False)[0])
@@ -75,18 +95,33 @@ def _plural(kind: str) -> str:
 
 def kept_units(plan: Plan) -> Figure:
     """Bars of what each layer keeps of each kind, out of what it had."""
-    kinds = _by_kind(plan)
-    figure, panels = _panels(len(kinds))
-    for axes, (kind, groups) in zip(panels, kinds.items(), strict=True):
+    return _with_kept(_kept_frame(_counted(plan)), plan)
+
+
+def _counted(plan: Plan) -> Counted:
+    return tuple((kind, tuple((g.layer, g.count) for g in groups)) for kind, groups in _by_kind(plan).items())
+
+
+def _kept_frame(counted: Counted) -> Framed:
+    """The bars of what there was; the same in every job of a sweep."""
+    figure, panels = _panels(len(counted))
+    for axes, (kind, groups) in zip(panels, counted, strict=True):
         at = np.arange(len(groups))
-        axes.bar(at, [g.count for g in groups], color=GONE, label="removed")
-        bars = axes.bar(at, [len(g.kept) for g in groups], color=KEPT, label="kept")
+        axes.bar(at, [count for _, count in groups], color=GONE)
+        axes.set(title=f"{_plural(kind)} kept", xlabel="layer", ylabel=_plural(kind))
+        axes.set_xticks(at, [str(layer) for layer, _ in groups])
+        axes.set_ylim(0, max((count for _, count in groups), default=1) * 1.18 or 1)
+        axes.set_xlim(*axes.get_xlim())
+    parts = [Patch(color=GONE, label="removed"), Patch(color=KEPT, label="kept")]
+    panels[0].legend(handles=parts, loc="upper left", ncols=2, fontsize=8, frameon=False)  # above all bars
+    return figure.framed()
+
+
+def _with_kept(figure: Framed, plan: Plan) -> Framed:
+    for axes, groups in zip(figure.emptied().axes, _by_kind(plan).values(), strict=True):
+        bars = axes.bar(np.arange(len(groups)), [len(g.kept) for g in groups], color=KEPT)
         if len(groups) <= 24:
             axes.bar_label(bars, [str(len(g.kept)) for g in groups], padding=1, fontsize=8)
-        axes.set(title=f"{_plural(kind)} kept", xlabel="layer", ylabel=_plural(kind))
-        axes.set_xticks(at, [str(g.layer) for g in groups])
-        axes.set_ylim(0, max((g.count for g in groups), default=1) * 1.18 or 1)
-    panels[0].legend(loc="upper left", ncols=2, fontsize=8, frameon=False)
     figure.suptitle(f"{plan.ratio_reached:.1%} of the {plan.budget} removed")
     return figure
 
@@ -126,38 +161,60 @@ def scores_per_block(plan: Plan, scores: Mapping[str, "np.ndarray | object"], te
 
 def scores_per_layer(plan: Plan, scores: Mapping[str, "np.ndarray | object"], term: str) -> Figure:
     """Every unit's raw score by layer, kept ones and removed ones apart; kinds that were not scored are left out."""
-    kinds = {kind: groups for kind, groups in _by_kind(plan).items() if all(g.name in scores for g in groups)}
-    figure, panels = _panels(len(kinds))
+    return _with_scores(_scores_frame(_scored(plan, scores), term), plan, scores)
+
+
+def _scored(plan: Plan, scores: Mapping[str, "np.ndarray | object"]) -> Scored:
+    """Layers and scores by kind, as bytes, so that a frame can be found again by them."""
+    return tuple(
+        (kind, tuple((g.layer, np.asarray(scores[g.name], dtype=float).tobytes()) for g in groups))
+        for kind, groups in _scored_kinds(plan, scores).items()
+    )
+
+
+def _scored_kinds(plan: Plan, scores: Mapping[str, "np.ndarray | object"]) -> dict[str, list[GroupPlan]]:
+    return {kind: groups for kind, groups in _by_kind(plan).items() if all(g.name in scores for g in groups)}
+
+
+def _scores_frame(scored: Scored, term: str) -> Framed:
+    """Axes that hold all scores; the same for all ratios of one ranking."""
+    figure, panels = _panels(len(scored))
     jitter = np.random.default_rng(0)
-    for axes, (kind, groups) in zip(panels, kinds.items(), strict=True):
-        lowest, highest = np.inf, 0.0
-        for at, group in enumerate(groups):
-            values = np.asarray(scores[group.name], dtype=float)
-            kept = np.isin(np.arange(group.count), group.kept)
-            spread = at + jitter.uniform(-0.3, 0.3, group.count)
-            for mask, colour, label in ((~kept, GONE, "removed"), (kept, KEPT, "kept")):
-                edge = "#8a8a8a" if colour == GONE else colour
-                # plot draws markers of one style several times faster than scatter
-                axes.plot(
-                    spread[mask], values[mask], "o", markersize=3.5, color=colour, markeredgecolor=edge,
-                    markeredgewidth=0.4, label=label if at == 0 else None,
-                )  # fmt: skip
-            lowest, highest = min(lowest, values.min(initial=np.inf)), max(highest, values.max(initial=0.0))
+    for axes, (kind, groups) in zip(panels, scored, strict=True):
+        values = [np.frombuffer(content) for _, content in groups]
+        joined = np.concatenate([*values, np.zeros(0)])
+        points = axes.plot(_spread([len(found) for found in values], jitter), joined, "o")
         axes.set(title=f"{_plural(kind)}", xlabel="layer", ylabel=f"{term} score")
-        axes.set_xticks(np.arange(len(groups)), [str(g.layer) for g in groups])
+        axes.set_xticks(np.arange(len(groups)), [str(layer) for layer, _ in groups])
+        lowest, highest = joined.min(initial=np.inf), joined.max(initial=0.0)
         if 0 < 10 * lowest < highest:
-            _log_scale(axes, few_decades=highest < 1000 * lowest)
-    panels[0].legend(loc="best", fontsize=8, frameon=False)
+            log_scale(axes, few_decades=highest < 1000 * lowest)
+        axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+        points[0].remove()
     figure.suptitle(f"{term}: raw score of every unit")
+    return figure.framed()
+
+
+def _spread(counts: Sequence[int], jitter: np.random.Generator) -> np.ndarray:
+    """Where units stand beside each other: by layer, a little apart."""
+    found = [at + jitter.uniform(-0.3, 0.3, count) for at, count in enumerate(counts)]
+    return np.concatenate([*found, np.zeros(0)])
+
+
+def _with_scores(figure: Framed, plan: Plan, scores: Mapping[str, "np.ndarray | object"]) -> Framed:
+    jitter = np.random.default_rng(0)
+    for axes, groups in zip(figure.emptied().axes, _scored_kinds(plan, scores).values(), strict=True):
+        spread = _spread([g.count for g in groups], jitter)
+        values = np.concatenate([*(np.asarray(scores[g.name], dtype=float) for g in groups), np.zeros(0)])
+        kept = np.concatenate([*(np.isin(np.arange(g.count), g.kept) for g in groups), np.zeros(0, bool)])
+        for mask, colour, edge, label in ((~kept, GONE, "#8a8a8a", "removed"), (kept, KEPT, KEPT, "kept")):
+            # plot draws markers of one style several times faster than scatter
+            axes.plot(
+                spread[mask], values[mask], "o", markersize=3.5, color=colour, markeredgecolor=edge,
+                markeredgewidth=0.4, label=label,
+            )  # fmt: skip
+    figure.axes[0].legend(loc="best", fontsize=8, frameon=False)
     return figure
-
-
-def _log_scale(axes: Axes, few_decades: bool) -> None:
-    """A logarithmic y axis in plain numbers: matplotlib's powers are formulas, slower than all the rest."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few_decades else (1.0,)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def time_by_kind(sides: Mapping[str, Mapping[str, float]], title: str) -> Figure:
@@ -198,42 +255,6 @@ def learning_curve(history: Sequence[Mapping[str, float]], title: str) -> Figure
     panels[0].set_ylim(bottom=0)
     figure.suptitle(title)
     return figure
-
-
-def pareto(
-    lines: Mapping[str, Sequence[tuple[float, float]]], dense: Sequence[tuple[float, float]], quality: str = "accuracy"
-) -> Figure:
-    """Quality against MACs: one line a method, dense models marked.
-
-    Args:
-        lines: Per label the points (MACs, quality).
-        dense: The points of the dense models.
-        quality: Name of the metric.
-    """
-    figure = Figure(figsize=(6.4, 4.4))
-    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.12, top=0.92)
-    axes = figure.subplots()
-    axes.set_title("", y=1.0)
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
-    axes.plot(*zip(*dense, strict=True), marker="*", markersize=13, linestyle="", color="black", label="dense")
-    largest = max(macs for macs, _ in [*dense, *(p for points in lines.values() for p in points)])
-    scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= s), (1, ""))
-    axes.xaxis.set_major_formatter(lambda macs, _: f"{macs / scale:g}")
-    axes.set(xlabel=f"MACs per sample ({unit})", ylabel=quality, title=f"{quality} against MACs")
-    values = [value for _, value in [*dense, *(p for points in lines.values() for p in points)]]
-    if max(values) > 1:  # a perplexity; shares are 1 at most
-        _log_scale(axes, few_decades=max(values) < 1000 * min(values))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
-    return figure
-
-
-def png(figure: Figure) -> bytes:
-    """Draw a figure."""
-    content = io.BytesIO()
-    figure.savefig(content, dpi=110, format="png", pil_kwargs={"compress_level": 1})
-    return content.getvalue()
 
 
 def save_figure(figure: Figure | bytes, path: Path) -> None:

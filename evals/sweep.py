@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from evals.appendix import appendix
 from evals.protocols import SIDES, Columns, column_names, protocol_of
 from evals.trainings import draw_trainings
 from evals.values import finite, quality_of
-from utils.compose import ComposedOnce
+from utils.composing import ComposedOnce, read_once
 from utils.files import write_atomically
 from utils.jobs import given_to
 from utils.locks import Lock, locked
+from utils.starter import end_with_starter
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +43,13 @@ class SweepReport(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Let Hydra launch the configurations that it composes to validate a sweep."""
         loader = GlobalHydra.instance().config_loader()
+        read_once(loader)
         loader.load_sweep_config = ComposedOnce(loader)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Work where the sweep was started, so that relative paths mean the same in every process."""
+        """Work where the sweep was started, so that relative paths mean the same in every process, and no longer."""
+        if _is_sweep(config):
+            end_with_starter()
         home = Path(config.hydra.runtime.cwd)
         if _is_sweep(config) and home.is_dir() and not home.samefile(Path.cwd()):
             os.chdir(home)
@@ -52,7 +57,10 @@ class SweepReport(Callback):
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         """Rebuild after each job, also one that failed."""
         if _is_sweep(config):
-            refresh(Path(config.hydra.sweep.dir))
+            try:
+                refresh(Path(config.hydra.sweep.dir))
+            except OSError as error:  # the job's own result stands, and the sweep's end tries again
+                print(f"the sweep's table can't be renewed ({error.strerror})", file=sys.stderr, flush=True)
 
 
 def _is_sweep(config: DictConfig) -> bool:
@@ -185,8 +193,18 @@ def _facts(found: dict[str, Any], columns: Columns) -> Row:
 
 def _overrides(job: Path) -> Row:
     """What the job was given on the command line, by key."""
-    pairs = (override.lstrip("+").partition("=") for override in given_to(job) or ())
+    try:
+        written = (job / ".hydra" / "overrides.yaml").stat()
+    except OSError:
+        return {}
+    pairs = (override.lstrip("+").partition("=") for override in _given(job, written.st_mtime_ns, written.st_size))
     return {key: value for key, _, value in pairs}
+
+
+@lru_cache(maxsize=4096)
+def _given(job: Path, mtime_ns: int, size: int) -> tuple[str, ...]:
+    """A job's overrides as they are in its folder; read once for each time that they were written."""
+    return tuple(given_to(job) or ())
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
@@ -252,7 +270,8 @@ def _draw_pareto(rows: Sequence[Row], path: Path) -> bool:
     points = [r for r in rows if _quality(r, "pruned") is not None and r.get("pruned_macs") is not None]
     if not points:
         return False
-    from evals.plots import pareto, save_figure
+    from evals.pareto_plot import pareto, same_pareto_frame
+    from evals.plots import save_figure
 
     others = [key for key in _varied(rows) if key != "prune.ratio"]
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -262,7 +281,9 @@ def _draw_pareto(rows: Sequence[Row], path: Path) -> bool:
         lines.setdefault(label, []).append((row["pruned_macs"], _quality(row, "pruned")))
     dense = sorted({(row["dense_macs"], _quality(row, "dense")) for row in points})
     names = dict.fromkeys(str(row["quality"]) for row in points)
-    save_figure(pareto(lines, dense, ", ".join(names)), path)
+    quality = ", ".join(names)
+    frame = same_pareto_frame([*dense, *(point for line in lines.values() for point in line)], quality)
+    save_figure(pareto(lines, dense, quality, frame), path)
     return True
 
 

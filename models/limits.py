@@ -67,6 +67,11 @@ class _Counting(TorchDispatchMode):
         super().__init__()
         self.what, self.most, self.tensors, self.total = what, most_bytes, 0, 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not to be kept from torch's compiler, which nothing calls here and whose import takes a second or two."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if func.overloadpacket.__name__ in FACTORIES:

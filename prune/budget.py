@@ -7,7 +7,7 @@ from math import floor, gcd
 from typing import Literal
 
 from models.cost import CostModel
-from utils.errors import InputError
+from utils.errors import InputError, Unreachable
 
 Budgeted = Literal["macs", "params", "width", "latency"]
 
@@ -66,7 +66,7 @@ def ratio_of(costs: CostModel, budget: Budget, kept: Mapping[str, int]) -> float
 
 
 def refuse_unreachable(costs: CostModel, budget: Budget) -> None:
-    """Raise an InputError that names the reachable minimum if the budget can't be met."""
+    """Raise an InputError if the budget can't be met: an Unreachable that names the reachable minimum."""
     if unknown := set(budget.kinds or ()) - set(costs.kinds.values()):
         known = ", ".join(dict.fromkeys(costs.kinds.values()))
         raise InputError(f"prune.kinds={list(budget.kinds or ())}: the model has no {unknown.pop()!r}; it has {known}")
@@ -87,7 +87,7 @@ def _refuse(budget: Budget, what: str, total: int, least: int) -> None:
         hint = ", or those two lower" if budget.min_keep > 1 or budget.round_to > 1 else ""
         hint += ", or more kinds allowed" if budget.kinds is not None else ""
         largest = floor(10_000 * (1 - least / total)) / 10_000
-        raise InputError(
+        raise Unreachable(
             f"prune.ratio={budget.ratio}: would leave {limit:,} of {total:,} {what}, but with "
             f"prune.min_keep={budget.min_keep} and prune.round_to={budget.round_to} the reachable "
             f"minimum is {least:,}; prune.ratio must be at most {largest:g}{hint}"

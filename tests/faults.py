@@ -7,6 +7,7 @@ each by one.
 
 import atexit
 import errno
+import gc
 import json
 import os
 import runpy
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).parent.parent
 Kind = Literal["file", "call"]
+# seconds after which a run is killed
+LONGEST = 600
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "terminate": signal.SIGTERM}
 
 
@@ -57,13 +60,19 @@ class Done:
 class Runner:
     """Starts runs, one at a time or several at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path = ROOT) -> None:
         command = [sys.executable, "-m", "tests.faults"]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+        self.process = subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True)
 
     def run(
-        self, folder: Path, arguments: Sequence[str], fault: Fault | None = None, at_once: int = 1, whole: bool = False
+        self,
+        folder: Path,
+        arguments: Sequence[str],
+        fault: Fault | None = None,
+        at_once: int = 1,
+        whole: bool = False,
+        environments: Sequence[Mapping[str, str]] = (),
     ) -> list[Done]:
         """Run `python main.py <arguments>` in a folder, in so many processes at once.
 
@@ -73,12 +82,13 @@ class Runner:
             fault: What happens.
             at_once: How many.
             whole: With Hydra and its command line, and pictures drawn: that takes longer than the run itself.
+            environments: Variables that each process has beside those of this one; `PYTHONPATH` is gone by, too.
         """
         folder.mkdir(exist_ok=True)
         asked = {"folder": str(folder), "arguments": [*arguments], "fault": asdict(fault) if fault else None}
-        asked["whole"] = whole
+        asked |= {"whole": whole, "at_once": at_once, "environments": [dict(each) for each in environments]}
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(asked | {"at_once": at_once}) + "\n")
+        self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         return [Done(**found) for found in json.loads(self.process.stdout.readline())]
 
@@ -88,9 +98,9 @@ class Runner:
 
 
 @contextmanager
-def runner() -> Iterator[Runner]:
-    """A runner for the time of a `with`."""
-    found = Runner()
+def runner(root: Path = ROOT) -> Iterator[Runner]:
+    """A runner of the `main.py` in a folder, for the time of a `with`."""
+    found = Runner(root)
     try:
         yield found
     finally:
@@ -105,20 +115,35 @@ def serve() -> None:
         children = [_forked(number, asked) for number in range(asked["at_once"])]
         print(json.dumps([_ended(pid, Path(asked["folder"]), number) for number, pid in enumerate(children)]))
         sys.stdout.flush()
+    gc.unfreeze()
 
 
 def _import_everything() -> None:
+    import fvcore.nn  # noqa: F401
     import hydra.core.override_parser.overrides_parser  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import plotly.graph_objects  # noqa: F401
+    import torch._dynamo  # noqa: F401  (what torch itself imports once an optimizer is made)
+    from hydra.core.plugins import Plugins
 
     import data.digits  # noqa: F401
+    import evals.accuracy  # noqa: F401
+    import evals.macs  # noqa: F401
     import evals.report  # noqa: F401
     import evals.sweep_page  # noqa: F401
+    import evals.terminal  # noqa: F401
     import models.toy_encoder  # noqa: F401
+    import prune.rankers.fisher  # noqa: F401
     import prune.rankers.optin  # noqa: F401
     import prune.recipe  # noqa: F401
+    import prune.recovery.finetune  # noqa: F401
     import prune.rounds  # noqa: F401
+    import prune.search  # noqa: F401
+
+    Plugins.instance()
+    # else every fork would go through what is imported again, and copy the memory that it lies in
+    gc.collect()
+    gc.freeze()
 
 
 def _forked(number: int, asked: dict[str, Any]) -> int:
@@ -130,10 +155,12 @@ def _forked(number: int, asked: dict[str, Any]) -> int:
         for name, stream in (("out", 1), ("err", 2)):
             os.dup2(os.open(folder / f".{name}{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         os.chdir(folder)
+        _take_environment(dict(enumerate(asked["environments"])).get(number, {}))
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.alarm(LONGEST)
         events.install()
         if asked["whole"]:
-            sys.argv = ["main.py", *asked["arguments"]]
+            sys.argv = [str(ROOT / "main.py"), *asked["arguments"]]
             runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
         else:
             _only_run(asked["arguments"], folder / f"out{number}")
@@ -146,6 +173,11 @@ def _forked(number: int, asked: dict[str, Any]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _take_environment(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    sys.path[1:1] = variables.get("PYTHONPATH", "").split(os.pathsep) if variables.get("PYTHONPATH") else []
 
 
 def _only_run(arguments: list[str], out: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line in its own process: exit codes, messages, sweeps."""
+"""The command line in its own process, or a fork of one: exit codes, messages, sweeps."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL
+from tests.conftest import SMALL, Command
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,9 +26,9 @@ def test_one_run_prints_its_table(tmp_path: Path) -> None:
     assert (tmp_path / "storage" / "vision" / "digits" / "toy_encoder").is_dir()
 
 
-def test_a_sweep_ranks_once_and_survives_a_failing_job(tmp_path: Path) -> None:
+def test_a_sweep_ranks_once_and_survives_a_failing_job(forked: Command, tmp_path: Path) -> None:
     small = [s for s in SMALL if not s.startswith("evals.")]
-    done = call("-m", "prune.ratio=0.2,0.99,0.3", "evals=[accuracy,macs]", *small, cwd=tmp_path)
+    done = forked("-m", "prune.ratio=0.2,0.99,0.3", "evals=[accuracy,macs]", *small, cwd=tmp_path)
     assert done.returncode == 1
     results = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("multirun/*/*/*/result.json"))]
     assert [r["status"] for r in results] == ["ok", "failed", "ok"]
@@ -47,18 +47,20 @@ def test_a_sweep_ranks_once_and_survives_a_failing_job(tmp_path: Path) -> None:
         (("model.image_size=7", *SMALL), "model.image_size=7: must be a multiple of model.patch_size=2"),
     ],
 )
-def test_wrong_input_exits_with_2_and_one_message(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_wrong_input_exits_with_2_and_one_message(
+    forked: Command, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
     import torch
 
     if "device=cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    done = call(*arguments, cwd=tmp_path)
+    done = forked(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "storage").exists()
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--cfg", "job"), ("--info", "defaults-tree")])
-def test_showing_works(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    done = call(*arguments, cwd=tmp_path)
+def test_showing_works(forked: Command, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = forked(*arguments, cwd=tmp_path)
     assert done.returncode == 0 and "prune" in done.stdout

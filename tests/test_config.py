@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from utils.check import find_problems
 from utils.cli import parse_command_line
-from utils.compose import CommandLine, ComposedOnce, JobComposer, command_line_problems
+from utils.compose import CommandLine, JobComposer, command_line_problems
+from utils.composing import ComposedOnce
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +15,9 @@ import torch
 
 from prune.recovery.finetune import Finetune
 from prune.recovery.lora import Lora
-from tests.conftest import SMALL
+from tests.conftest import SMALL, Command
 from tests.distributed_worker import CASES, FAILING, sample
+from tests.faults import Runner
 from utils.distributed import Turns, divided, gathered, own_rows, summed
 from utils.errors import InputError
 from utils.launched import follower_arguments, launched
@@ -23,6 +25,7 @@ from utils.launched import follower_arguments, launched
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 TINY = [*(s for s in SMALL if not s.startswith("evals.")), "evals=[accuracy,macs]"]
+RECOVERED = [*TINY, "recover=finetune", "recover.epochs=1"]
 # what a single process finds to the last bit; the others to rounding, as gradients are summed in another order
 ROUNDED = {
     "finetune": 1e-5, "finetune_llama": 1e-5, "distill": 1e-5, "sharded_llama": 1e-5, "sharded_checkpointed": 1e-5,
@@ -97,23 +100,36 @@ def test_all_processes_end_with_the_error_of_one(found: list[dict[str, Any]]) ->
     assert all(of[4].startswith("RunError: another process of this run ended") for of in ends)
 
 
-def test_a_run_prints_and_writes_once(tmp_path: Path) -> None:
-    started = torchrun(2, str(ROOT / "main.py"), *TINY, "recover=finetune", "recover.epochs=1", cwd=tmp_path)
+def test_a_run_prints_and_writes_once(runs: Runner, forked: Command, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    both = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    done = runs.run(tmp_path, RECOVERED, at_once=2, whole=True, environments=both)
+    assert [of.code for of in done] == [0, 0], done[0].err + done[1].err
+    said_and_written_once(done[0].out + done[1].out, tmp_path, forked)
+
+
+@pytest.mark.slow
+def test_a_run_that_torchrun_starts_prints_and_writes_once(forked: Command, tmp_path: Path) -> None:
+    started = torchrun(2, str(ROOT / "main.py"), *RECOVERED, cwd=tmp_path)
     out, errors = started.communicate(timeout=600)
     assert started.returncode == 0, errors[-3000:]
+    said_and_written_once(out, tmp_path, forked)
+
+
+def said_and_written_once(out: str, folder: Path, forked: Command) -> None:
     assert out.count("of the macs removed") == 1
-    (path,) = tmp_path.glob("outputs/*/*/result.json")
+    (path,) = folder.glob("outputs/*/*/result.json")
     result = json.loads(path.read_text())
     assert result["status"] == "ok" and result["device"]["world_size"] == 2 and result["device"]["backend"] == "gloo"
     assert result["recovery"]["processes"] == {"world_size": 2, "each": "its rows of every batch", "sharded": False}
     assert result["pruned"]["accuracy"]["measured_by"] == "2 processes"
     assert result["pruned"]["macs"]["measured_by"] == "1 of 2 processes, the others waiting"
     assert "in 2 processes (gloo)" in (path.parent / "report.md").read_text()
-    alone = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *TINY], cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True
-    )
+    alone = forked(*TINY, cwd=folder)
     assert alone.returncode == 0, alone.stderr
-    second = json.loads(max(tmp_path.glob("outputs/*/*/result.json")).read_text())
+    second = json.loads(max(folder.glob("outputs/*/*/result.json")).read_text())
     # what two processes have ranked is there for one: the same key, and so the same plan
     assert second["cache"] == {**result["cache"], "hit": True} and second["plan"] == result["plan"]
     assert second["dense"]["accuracy"]["value"] == result["dense"]["accuracy"]["value"]
@@ -203,7 +219,7 @@ def test_a_single_process_does_all_of_it_itself() -> None:
 def test_gpus_divide_a_run(tmp_path: Path) -> None:
     """As many processes as there are GPUs, at most two; with one of them there is nothing to divide."""
     count = min(2, torch.cuda.device_count())
-    started = torchrun(count, str(ROOT / "main.py"), *TINY, "recover=finetune", "recover.epochs=1", cwd=tmp_path)
+    started = torchrun(count, str(ROOT / "main.py"), *RECOVERED, cwd=tmp_path)
     _, errors = started.communicate(timeout=500)
     assert started.returncode == 0, errors[-3000:]
     (path,) = tmp_path.glob("outputs/*/*/result.json")

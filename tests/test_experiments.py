@@ -25,7 +25,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "film", "who", 
 UNTIMED = ("tiny_llama_wanda", "llama_wanda", "llama_sparsegpt", "llama_magnitude", "llama_benchmark",
            "tiny_llama_benchmark", "llama_width", "llama_depth", "llama_optin", "tiny_llama_width", "tiny_llama_depth",
            "tiny_llama_optin", "tiny_llama_pare")  # fmt: skip
-FEW_BLOCKS = ("evals.latency.blocks=3", "evals.throughput.batch=2")
+FEW_BLOCKS = ("evals.throughput.batch=2", "evals.peak_memory.batch=2")
 FEW = ("data.calibration_batch_size=4", "data.batch_size=4", "model.training.epochs=1")
 TIMED = tuple(s for s in SMALL if s.startswith("evals."))
 
@@ -125,6 +125,7 @@ WRITING = (
     "evals.generation.prompt_tokens=8", "evals.generation.new_tokens=8",
 )  # fmt: skip
 TINY_VIT = "model.settings={depth: 2, embed_dim: 24, num_heads: 4}"
+LITTLE = "model.image_size=64"
 
 
 def cifar_recovered(folder: Path) -> tuple[str, ...]:
@@ -148,12 +149,12 @@ def in_braces(values: object) -> str:
     return "[" + ", ".join(map(in_braces, values)) + "]" if isinstance(values, list) else str(values)
 
 
-TINY_RESNET = "model.settings={layers: [1, 1, 1, 1], channels: [8, 8, 8, 8], stem_width: 8}"
+TINY_RESNET = "model.settings={layers: [1, 1, 1, 1], channels: [4, 4, 4, 4], stem_width: 4}"
 TINY_SWIN = "model.settings={depths: [1, 2], embed_dim: 12, num_heads: [2, 3]}"
 REAL: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...]]] = {
-    "deit_optin": (pictures, (TINY_VIT,)),
-    "deit_optin_beta": (pictures, (TINY_VIT,)),
-    "deit_tome": (pictures, (TINY_VIT,)),
+    "deit_optin": (pictures, (TINY_VIT, LITTLE)),
+    "deit_optin_beta": (pictures, (TINY_VIT, LITTLE)),
+    "deit_tome": (pictures, (TINY_VIT, LITTLE)),
     "tiny_llama_wanda": (manual, ()),
     **{f"llama_{method}": (corpus, ()) for method in ("wanda", "sparsegpt", "magnitude", "depth", "optin")},
     "llama_width": (text_alone, ()),
@@ -163,13 +164,13 @@ REAL: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...]]] = {
     "resnet_optin": (pictures, (TINY_RESNET, "prune.ratio=0.01")),
     "swin_optin": (pictures, (TINY_SWIN, "model.image_size=56")),
     "mask2former_optin": (streets, ()),
-    "cifar_optin": (cifar, (TINY_VIT,)),
+    "cifar_optin": (cifar, (TINY_VIT, LITTLE)),
     "vit_cifar10": (cifar_recovered, (TINY_VIT,)),
-    "vit_sensitivity": (pictures, (TINY_VIT, "prune.grid=[0.5]", "data.calibration_batches=1")),
+    "vit_sensitivity": (pictures, (TINY_VIT, LITTLE, "prune.grid=[0.5]", "data.calibration_batches=1")),
     "bert_optin": (sentences, ()),
     "bert_kwon": (sentences, ("data.calibration_batches=2",)),
-    "deit_kwon": (pictures, (TINY_VIT, "data.calibration_batches=2")),
-    "deit_pare": (pictures, (TINY_VIT, "data.calibration_batches=2", "data.calibration_batch_size=4")),
+    "deit_kwon": (pictures, (TINY_VIT, LITTLE, "data.calibration_batches=2")),
+    "deit_pare": (pictures, (TINY_VIT, LITTLE, "data.calibration_batches=2", "data.calibration_batch_size=4")),
     "squad_optin": (questions, ()),
 }
 TOY_DATA = {
@@ -203,7 +204,7 @@ def test_it_starts_with_its_command(name: str) -> None:
 def test_it_runs_small(name: str, small_config: Compose, tmp_path: Path) -> None:
     text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
     small = next((s for data, s in TOY_DATA.items() if f"/data: {data}" in text), ())
-    training = ["recover.epochs=2"] if "/recover: " in text and "/recover: none" not in text else []
+    training = ["recover.epochs=1"] if "/recover: " in text and "/recover: none" not in text else []
     record = run(small_config(f"+experiment={name}", *small, *training, "prune.ratio=0.1"), tmp_path)
     assert record.status == "ok" and record.name == name and record.plan and not record.plan.is_identity
 

@@ -1,12 +1,9 @@
 """A ranker, a data set, a metric and a model from outside the repository, swept over."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.test_cli import ROOT
+from tests.conftest import Command
 from tests.test_sweep import rows_of
 
 CODE = {
@@ -103,21 +100,17 @@ YAML = {
 }
 
 
-def call(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(cwd / "code")}
-    command = [sys.executable, str(ROOT / "main.py"), "--config-dir", str(cwd / "configs"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def test_everything_can_come_from_outside(tmp_path: Path) -> None:
+def test_everything_can_come_from_outside(forked: Command, tmp_path: Path) -> None:
     for folder, files in (("code", CODE), ("configs", YAML)):
         for name, text in files.items():
             path = tmp_path / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
     chosen = ("model=perceptron", "data=stripes", "evals=[accuracy,confidence,macs]")
+    given, place = ("--config-dir", str(tmp_path / "configs")), {"PYTHONPATH": str(tmp_path / "code")}
 
-    done = call(tmp_path, "-m", *chosen, "prune=last,fisher", "prune.ratio=0.25,0.5", "prune.budget=width")
+    swept = ("-m", *chosen, "prune=last,fisher", "prune.ratio=0.25,0.5", "prune.budget=width")
+    done = forked(*given, *swept, cwd=tmp_path, **place)
     assert done.returncode == 0, done.stderr
     (sweep,) = tmp_path.glob("multirun/*/*")
     rows = rows_of(sweep)
@@ -126,7 +119,8 @@ def test_everything_can_come_from_outside(tmp_path: Path) -> None:
     plan = json.loads((sweep / "1" / "plan.json").read_text())
     assert plan["groups"][0]["kept_units"] == [6, 7, 8, 9, 10, 11]
 
-    wrong = call(tmp_path, *chosen, "prune=last", "prune.power=0", "prune.pover=1", "model.inputs=x")
+    mistakes = ("prune=last", "prune.power=0", "prune.pover=1", "model.inputs=x")
+    wrong = forked(*given, *chosen, *mistakes, cwd=tmp_path, **place)
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
     for part in ("prune.power=0: must be above 0", "did you mean 'power'?", "model.inputs=x: must be a whole number"):
         assert part in wrong.stderr

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import SMALL
-from tests.faults import Fault, Kind, Runner, runner
+from tests.faults import Fault, Kind, Runner
 from utils.errors import InputError, RunError
 from utils.files import remove_abandoned, write_atomically
 from utils.locks import place
@@ -25,12 +24,6 @@ RUN = [*TINY, "prune=optin", "prune.engine=exact", "recover=finetune", "recover.
 SWEEP = ["-m", *TINY, "prune=fisher,taylor", "prune.ratio=0.3", "evals=[accuracy,loss]", "storage=storage",
          "hydra.sweep.dir=sweep"]  # fmt: skip
 Found = dict[str, object]
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runner]:
-    with runner() as found:
-        yield found
 
 
 def bits(folder: Path, out: str = "out0") -> Found:

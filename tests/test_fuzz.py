@@ -96,7 +96,7 @@ def is_a_mistake(text: str) -> bool:
 
 
 @given(mutated())
-@settings(QUIET, max_examples=100)
+@settings(QUIET, max_examples=60)
 def test_mutated_configurations_give_mistakes(config: dict[str, Any]) -> None:
     assert all(map(is_a_mistake, checked(config) or []))
 

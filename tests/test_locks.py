@@ -202,10 +202,33 @@ def test_a_holder_that_lost_its_lock_knows_and_leaves_it(path: Path) -> None:
     assert found and found[0] and found[0].token == "thief"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"token": 1}', b"\xff\x00"])
+def said(**changed: object) -> bytes:
+    """A lock file of this process with something that no holder writes."""
+    return json.dumps(vars(Owner.this()) | changed).encode()
+
+
+FOREIGN = {
+    "empty": b"", "half": said()[:40], "list": b"[]", "little": b'{"token": 1}', "binary": b"\xff\x00",
+    "deep": b"[" * 100_000, "long": said(place="x" * 10**6), "huge number": said(pid=10**30),
+    "negative number": said(pid=-1), "no number": said(pid=float("inf")), "a way out": said(token="../../x", pid=2**30),
+    "long name": said(token="x" * 1000, pid=2**30), "zero in a name": said(token="a\0b", pid=2**30),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
 def test_a_file_no_holder_wrote_does_not_block(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    assert Lock(path).acquire(timeout=10)
+    lock = Lock(path)
+    assert lock.acquire(timeout=10) and lock.is_held() and left(path) == ["key.lock"]
+    lock.release()
+
+
+@pytest.mark.parametrize("target", ["nowhere", "key.lock", None], ids=["to nowhere", "to itself", "a pipe"])
+def test_a_link_or_a_pipe_in_its_place_does_not_block(path: Path, target: str | None) -> None:
+    os.mkfifo(path) if target is None else path.symlink_to(target)
+    lock = Lock(path)
+    assert lock.acquire(timeout=10) and lock.is_held() and path.is_file() and not path.is_symlink()
+    lock.release()
 
 
 def test_a_dead_remover_does_not_block(path: Path) -> None:

@@ -40,7 +40,8 @@ def test_a_ranking_is_imported_and_the_record_says_so(
     method: str, mode: str, small_config: Compose, tmp_path: Path
 ) -> None:
     folder = published(tmp_path / "theirs")
-    run(small_config(f"prune={method}", f"prune.mode={mode}", f"prune.rankings={folder}", "prune.ratio=0.2"), tmp_path)
+    settings = (f"prune={method}", f"prune.mode={mode}", f"prune.rankings={folder}", "prune.ratio=0.2")
+    run(small_config(*settings, "evals=[params]"), tmp_path)
     record = record_of(tmp_path)
     assert any(str(folder) in warning and "final" in warning for warning in record["warnings"])
     assert str(folder) in (tmp_path / "report.md").read_text()
@@ -52,7 +53,7 @@ def test_a_ranking_is_imported_and_the_record_says_so(
 
 def test_the_authors_tree_is_found_by_itself_in_compat_mode(small_config: Compose, tmp_path: Path) -> None:
     tree = published(tmp_path / "storage" / "vision" / "digits" / "toy-encoder")
-    settings = (f"storage={tmp_path / 'storage'}", "prune=optin", "prune.ratio=0.2")
+    settings = (f"storage={tmp_path / 'storage'}", "prune=optin", "prune.ratio=0.2", "evals=[params]")
     run(small_config(*settings, "prune.mode=compat"), tmp_path / "compat")
     assert any(str(tree) in warning for warning in record_of(tmp_path / "compat")["warnings"])
     run(small_config(*settings), tmp_path / "clean")
@@ -61,7 +62,7 @@ def test_the_authors_tree_is_found_by_itself_in_compat_mode(small_config: Compos
 
 def test_another_ranking_of_the_same_name_is_read_anew(small_config: Compose, tmp_path: Path) -> None:
     folder = published(tmp_path / "theirs")
-    config = small_config("prune=optin", f"prune.rankings={folder}")
+    config = small_config("prune=optin", f"prune.rankings={folder}", "evals=[params]")
     run(config, tmp_path / "a")
     run(config, tmp_path / "b")
     rows = pickle.loads((folder / "head_ranking_body.pkl").read_bytes())

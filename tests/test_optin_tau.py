@@ -237,7 +237,8 @@ def test_one_sample_and_merged_models_are_refused() -> None:
     one = {name: tensor[:1] for name, tensor in samples.items()}
     with pytest.raises(InputError, match="take at least 2"):
         exact_losses(model, replace(bundle_of(samples, 1), calibration=[one]), Settings(), kinds=[TOKEN])
-    merged = model.copy()
-    merged.reduce_tokens(Reduction((1, 1)))
-    with pytest.raises(InputError, match="merged already"):
-        exact_losses(merged, bundle_of(samples, 1), Settings())
+    for reduction in (Reduction((1, 1)), Reduction((0, 0), front_only=True)):
+        merged = model.copy()
+        merged.reduce_tokens(reduction)
+        with pytest.raises(InputError, match="merged already"):
+            exact_losses(merged, bundle_of(samples, 1), Settings())

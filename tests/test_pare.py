@@ -1,6 +1,7 @@
 """The recipe: how a ratio is split between units and tokens, and what comes of it on small models."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,14 @@ from prune.rankers.obs import Obs
 from prune.rankers.pare import Pare, careful
 from prune.ranking import ranked
 from prune.rewriting import applied, refuse_unreachable
+from prune.split import trials
 from prune.split.curves import promised, splits
-from prune.split.trials import Parts, answers, divergence
+from prune.split.trials import ASIDE, Parts, answers, losses, tried
 from prune.structural import TEACHER
+from prune.surgery import cut
 from tests.adapters import ADAPTERS, bundle_of
 from tests.conftest import Compose
-from utils.errors import InputError
+from utils.errors import InputError, Unreachable
 from utils.storage import Store
 
 POINTS = [(0.1, 0.01), (0.3, 0.09), (0.5, 0.36)]
@@ -105,8 +108,49 @@ def test_divergence_is_the_mean_over_samples() -> None:
                 total += float((wanted.exp() * (wanted - given)).sum())
                 count += 1
     dense = answers(model, batches)
-    assert divergence(dense, other, data, batches) == pytest.approx(total / count, rel=5e-3)
-    assert divergence(dense, model, data, batches) == pytest.approx(0, abs=1e-7)
+    found = losses(dense, other, data, batches)
+    assert float(found.mean()) == pytest.approx(total / count, rel=5e-3)
+    assert float(losses(dense, model, data, batches).abs().max()) == pytest.approx(0, abs=1e-6)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(losses(dense, other, data, batches, order), found, rtol=1e-4, atol=1e-7)
+    first = losses(dense, other, data, batches, order, most=0.0)
+    assert first[order[:ASIDE]].isfinite().all() and first[order[ASIDE:]].isinf().all()
+
+
+def test_the_best_way_is_that_of_a_full_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = small(samples=150)
+    batches, looked = list(data.calibration), []
+    dense, plain = answers(model, batches), trials._answer
+    scores = Obs().rank(model, data)
+
+    def trial(way: int, ratio: float) -> PrunableModel:
+        if ratio > 0.4 and way == 0:
+            raise Unreachable("too much")
+        costs = cost_model(model, data.example)
+        method = Obs(ratio=round(ratio * (1 + 0.3 * ((way + (ratio > 0.25)) % 3)), 6))
+        return cut(model, method.plan(model, scores, costs))
+
+    ways = [partial(trial, way) for way in range(3)]
+    monkeypatch.setattr(trials, "_answer", lambda m, batch, portions: looked.append(1) or plain(m, batch, portions))
+    found = tried(dense, data, batches, ways, (0.2, 0.3, 0.45), "tried")
+    seen, looked[:] = len(looked), []
+    for ratio, lost, way in found:
+        whole = {n: float(losses(dense, ways[n](ratio), data, batches).mean()) for n in range(3) if ratio < 0.4 or n}
+        assert way == min(whole, key=lambda n: whole[n]) and lost == pytest.approx(whole[way], rel=1e-5)
+    assert [at for at, *_ in found] == [0.2, 0.3, 0.45] and len({way for *_, way in found}) > 1
+    assert seen < 0.9 * len(looked), "ways that have lost more are not followed to their end"
+    assert tried(dense, data, batches, ways[:1], (0.2, 0.45, 0.5), "tried")[-1][0] == 0.2
+
+
+def test_only_a_ratio_that_cannot_be_had_ends_a_curve() -> None:
+    model, data = small()
+    batches = list(data.calibration)
+
+    def wrong(ratio: float) -> PrunableModel:
+        raise InputError("its weights can't be repaired")
+
+    with pytest.raises(InputError, match="can't be repaired"):
+        tried(answers(model, batches), data, batches, [wrong], (0.2,), "tried")
 
 
 @pytest.mark.parametrize("name", ["toy_images", "deit", "bert", "llama", "resnet_basic"])
@@ -190,10 +234,11 @@ def test_consumers_are_refitted_where_tokens_merge(tmp_path: Path) -> None:
     done = applied(method, model, plan, data, Store(tmp_path))
     assert done.plan.keeps_all_units and done.plan.details["repair"]["refit"] and done.model.reduction == plan.tokens
     batches = list(data.calibration)
-    lost = [divergence(answers(model, batches), m, data, batches) for m in (done.model, method.apply(model, plan))]
+    wanted = answers(model, batches)
+    lost = [float(losses(wanted, m, data, batches).mean()) for m in (done.model, method.apply(model, plan))]
     assert lost[0] < 0.9 * lost[1]
     plain = applied(replace(method, repair=()), model, plan, data, Store(tmp_path))
-    assert torch.equal(answers(plain.model, batches)[0], answers(method.apply(model, plan), batches)[0])
+    assert torch.equal(answers(plain.model, batches), answers(method.apply(model, plan), batches))
 
 
 def test_units_stay_where_the_last_block_alone_gives_the_ratio(tmp_path: Path) -> None:

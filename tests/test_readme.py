@@ -2,13 +2,13 @@
 
 import re
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import SMALL
+from tests.faults import Runner, runner
 from tests.test_cli import ROOT
 
 FENCE = re.compile(r"```(python|yaml)\n# (\S+)\n(.*?)```", re.DOTALL)
@@ -16,8 +16,8 @@ BLOCKS = {path: text for _, path, text in FENCE.findall((ROOT / "README.md").rea
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with the README's files added."""
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """Runs of a copy of the project with the README's files added."""
     copy = tmp_path_factory.mktemp("extended")
     shutil.copy(ROOT / "main.py", copy)
     for folder in ("configs", "data", "evals", "models", "prune", "utils"):
@@ -25,7 +25,10 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path, text in BLOCKS.items():
         assert not (copy / path).exists(), f"{path} is an example, it must not be there yet"
         (copy / path).write_text(text)
-    return copy
+    (copy / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "faults.py", copy / "tests")
+    with runner(copy) as found:
+        yield found
 
 
 def test_each_part_is_short() -> None:
@@ -42,8 +45,8 @@ def test_each_part_is_short() -> None:
     ],
     ids=["method and metric", "data", "model"],
 )
-def test_the_examples_run(extended: Path, arguments: tuple[str, ...]) -> None:
+def test_the_examples_run(extended: Runner, arguments: tuple[str, ...], tmp_path: Path) -> None:
     kept = [a for a in arguments if not a.startswith(("evals.latency", "evals.throughput", "data.calibration"))]
-    done = subprocess.run([sys.executable, "main.py", *kept], cwd=extended, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "accuracy" in done.stdout
+    (done,) = extended.run(tmp_path, kept, whole=True)
+    assert done.code == 0, done.err
+    assert "accuracy" in done.out

@@ -22,10 +22,12 @@ from prune.rankers.random import Random
 from prune.repair import rebuild
 from prune.repair.batches import merged, regrouped
 from prune.repair.gates import damped_solution, gate_equations, tuned_scales
-from prune.repair.normal import Normal
+from prune.repair.normal import STRIPE, Normal, gram
+from prune.repair.rebuild import Pair
 from prune.repair.refit import refitted
 from prune.repair.repairs import Repair, Repairs, reads_first_token, repaired
 from prune.repair.rows import readers
+from prune.repair.solvers import Refit
 from prune.repair.streams import advance_all, streams
 from prune.rewriting import applied
 from prune.surgery import cut
@@ -434,6 +436,36 @@ def test_what_is_kept_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(TypeError):
             applied(changed, model, plan, data, store)
     assert applied(replace(method, repair=()), model, plan, data, store).fingerprint is None
+
+
+@pytest.mark.parametrize("name", ["toy_images", "llama"])
+def test_students_of_one_teacher_are_rebuilt_abreast_as_by_themselves(name: str) -> None:
+    model, samples = ADAPTERS[name]()
+    batches, solver = merged(bundle_of(samples).calibration, 2), Refit(0.1, 1.0)
+    whole = {group.name: torch.arange(group.count) for group in model.unit_groups()}
+    plans = [Random(ratio=ratio).plan(model, Random().rank(model, bundle_of(samples)), cost_model(model, samples))
+             for ratio in (0.2, 0.5)]  # fmt: skip
+
+    def pairs() -> list[Pair]:
+        return [Pair(model, cut(model, plan), whole, plan.kept, model) for plan in plans]
+
+    abreast, ran = pairs(), list[int]()
+    with hooked(before=[(model.network.get_submodule(model.blocks()[0]), lambda module, args: ran.append(1))]):
+        found = rebuild.rebuilt_abreast(abreast, batches, solver, "refit")
+    assert len(ran) == len(batches), "the teacher runs once for both"
+    for pair, together in zip(pairs(), found, strict=True):
+        alone = rebuild.rebuilt(pair, batches, solver, "refit", None)
+        assert alone.facts == together.facts
+        assert all(torch.equal(tensor, together.tensors[name]) for name, tensor in alone.tensors.items())
+    first, second = (pair.student.network.state_dict() for pair in abreast)
+    assert any(first[name].shape != second[name].shape for name in first)
+
+
+@pytest.mark.parametrize("columns", [1, 127, 128, 300])
+def test_a_gram_matrix_is_the_product_of_all_columns(columns: int) -> None:
+    x = torch.randn(50, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gram(x), x.T @ x, atol=1e-12, rtol=0)
+    assert torch.equal(gram(x)[STRIPE:, :STRIPE], gram(x)[:STRIPE, STRIPE:].T)
 
 
 def test_a_killed_repair_goes_on_with_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,7 @@ from omegaconf import OmegaConf
 
 from evals import sweep as sweeps
 from evals.sweep import close, refresh
-from tests.conftest import CONFIGS, SMALL
-from tests.test_cli import call
+from tests.conftest import CONFIGS, SMALL, Command
 from tests.test_sweep import rows_of
 from utils.errors import InputError
 from utils.jobs import is_done, jobs_of, matched, missing
@@ -140,24 +139,24 @@ def test_only_a_whole_good_result_is_done(tmp_path: Path) -> None:
     assert is_done(tmp_path)
 
 
-def test_a_sweep_goes_on_in_its_folder(tmp_path: Path) -> None:
+def test_a_sweep_goes_on_in_its_folder(forked: Command, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     line = ("-m", "prune=random", "prune.ratio=0.2,0.3", "evals=[params]", *FAST)
     # the one real sweep of this file
-    assert call(*line, f"hydra.sweep.dir={sweep}", cwd=tmp_path).returncode == 0
+    assert forked(*line, f"hydra.sweep.dir={sweep}", cwd=tmp_path).returncode == 0
     before = {n: (sweep / n / "result.json").read_bytes() for n in "01"}
     plan = (sweep / "1" / "plan.json").read_bytes()
     (sweep / "1" / "result.json").unlink()
     turned = ("-m", "prune=random", "prune.ratio=0.3,0.2", "evals=[params]", *FAST)
-    again = call(*turned, f"resume={sweep}", cwd=tmp_path)
+    again = forked(*turned, f"resume={sweep}", cwd=tmp_path)
     assert again.returncode == 0 and "1 of 2 jobs are done" in again.stdout + again.stderr
     assert (sweep / "0" / "result.json").read_bytes() == before["0"] and (
         sweep / "1" / "plan.json"
     ).read_bytes() == plan
     assert [(row["status"], row["prune.ratio"]) for row in rows_of(sweep)] == [("ok", "0.2"), ("ok", "0.3")]
-    nothing = call(*line, f"resume={sweep}", cwd=tmp_path)
+    nothing = forked(*line, f"resume={sweep}", cwd=tmp_path)
     assert nothing.returncode == 0 and "Launching" not in nothing.stdout + nothing.stderr
-    other = call(*line[:2], "prune.ratio=0.2,0.35", *line[3:], f"resume={sweep}", cwd=tmp_path)
+    other = forked(*line[:2], "prune.ratio=0.2,0.35", *line[3:], f"resume={sweep}", cwd=tmp_path)
     assert other.returncode == 2 and "prune.ratio=0.35" in other.stderr and "Traceback" not in other.stderr
 
 

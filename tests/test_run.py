@@ -22,6 +22,7 @@ METRICS = {
     "throughput_end_to_end": "samples/s", "peak_memory": "byte",
 }  # fmt: skip
 STABLE = ("accuracy", "loss", "macs", "params", "nonzero_params", "size")
+UNTIMED = f"evals=[{','.join(STABLE)}]"
 
 
 def values(found: dict, side: str) -> dict[str, float]:
@@ -64,7 +65,7 @@ def test_a_run_leaves_everything_behind(small_config: Compose, tmp_path: Path) -
 
 
 def test_the_second_run_hits_the_cache_and_finds_the_same(small_config: Compose, tmp_path: Path) -> None:
-    cfg = small_config("prune=taylor", f"storage={tmp_path / 'fresh'}")
+    cfg = small_config("prune=taylor", UNTIMED, f"storage={tmp_path / 'fresh'}")
     first, second = (run(cfg, tmp_path / str(i)) for i in range(2))
     assert (first.cache["hit"], second.cache["hit"]) == (False, True)
     assert first.fingerprints == second.fingerprints and first.history == second.history
@@ -73,7 +74,7 @@ def test_the_second_run_hits_the_cache_and_finds_the_same(small_config: Compose,
 
 
 def test_two_fresh_runs_are_equal_bit_for_bit(small_config: Compose, tmp_path: Path) -> None:
-    records = [run(small_config(f"storage={tmp_path / str(i)}"), tmp_path / f"out{i}") for i in range(2)]
+    records = [run(small_config(UNTIMED, f"storage={tmp_path / str(i)}"), tmp_path / f"out{i}") for i in range(2)]
     torch.rand(3)
     assert records[0].fingerprints == records[1].fingerprints
     assert records[0].plan == records[1].plan
@@ -120,12 +121,12 @@ def test_every_method_meets_every_budget(small_config: Compose, tmp_path: Path, 
 
 
 def test_saved_models_evaluate_to_the_same_numbers(small_config: Compose, tmp_path: Path) -> None:
-    first = run(small_config("save=true"), tmp_path / "cut").to_json()
-    cfg = small_config("prune=none", f"model.checkpoint={tmp_path / 'cut' / 'model'}")
+    first = run(small_config("save=true", UNTIMED), tmp_path / "cut").to_json()
+    cfg = small_config("prune=none", UNTIMED, f"model.checkpoint={tmp_path / 'cut' / 'model'}")
     again = run(cfg, tmp_path / "again").to_json()
     assert values(again, "dense") == values(again, "pruned") == values(first, "pruned")
     assert again["plan"]["budget"] is None and again["cache"] == {"hit": False, "path": None}
-    further = small_config("prune.ratio=0.1", f"model.checkpoint={tmp_path / 'cut' / 'model'}")
+    further = small_config("prune.ratio=0.1", UNTIMED, f"model.checkpoint={tmp_path / 'cut' / 'model'}")
     pruned_again = run(further, tmp_path / "more").to_json()
     assert pruned_again["pruned"]["macs"]["value"] <= 0.9 * first["pruned"]["macs"]["value"]
 

@@ -15,6 +15,9 @@ from utils.files import write_atomically
 from utils.storage import Artifact, Fetched, Scratch, Store, folder_name, key_hash
 
 KEY = {"weights": "abc", "batch": 64}
+# of a process that has imported this file once
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.test_storage"])
 
 
 class Counter:
@@ -140,8 +143,7 @@ def slow_fetch(root: Path, log: Path) -> None:
 
 
 def test_two_processes_compute_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=slow_fetch, args=(tmp_path / "s", tmp_path / "log")) for _ in range(2)]
+    workers = [FORKS.Process(target=slow_fetch, args=(tmp_path / "s", tmp_path / "log")) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -160,7 +162,7 @@ def hang(root: Path, log: Path) -> None:
 
 
 def test_a_dead_process_does_not_block(tmp_path: Path) -> None:
-    worker = multiprocessing.get_context("spawn").Process(target=hang, args=(tmp_path / "s", tmp_path / "log"))
+    worker = FORKS.Process(target=hang, args=(tmp_path / "s", tmp_path / "log"))
     worker.start()
     while not (tmp_path / "log").exists():
         assert worker.is_alive()

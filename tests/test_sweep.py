@@ -2,19 +2,18 @@
 
 import csv
 import json
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from evals.sweep import main, rebuild
-from tests.conftest import SMALL
-from tests.test_cli import ROOT, call
+from tests.conftest import SMALL, Command
+from tests.faults import Fault, Runner
+from tests.test_cli import ROOT
 
 FAST = [s for s in SMALL if not s.startswith("evals.")]
 
@@ -25,10 +24,12 @@ def rows_of(sweep: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str], Path]:
+def swept(
+    forked: Command, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str], Path]:
     """A sweep over two methods and three ratios, of which the largest can't be reached."""
     cwd = tmp_path_factory.mktemp("sweep")
-    done = call("-m", "prune=taylor,random", "prune.ratio=0.2,0.4,0.99", "evals=[accuracy,macs]", *FAST, cwd=cwd)
+    done = forked("-m", "prune=taylor,random", "prune.ratio=0.2,0.4,0.99", "evals=[accuracy,macs]", *FAST, cwd=cwd)
     (folder,) = cwd.glob("multirun/*/*")
     return folder, done, cwd
 
@@ -58,11 +59,11 @@ def test_the_report_can_be_rebuilt_at_any_time(swept) -> None:
     assert (folder / "results.csv").read_text() == before and (folder / "pareto.png").is_file()
 
 
-def test_a_job_equals_the_same_run_by_itself(swept, tmp_path: Path) -> None:
+def test_a_job_equals_the_same_run_by_itself(swept, forked: Command, tmp_path: Path) -> None:
     folder, _, cwd = swept
     swept_job = json.loads((folder / "4" / "result.json").read_text())
     arguments = ["prune=random", "prune.ratio=0.4", "evals=[accuracy,macs]", *FAST]
-    assert call(*arguments, cwd=tmp_path).returncode == 0
+    assert forked(*arguments, cwd=tmp_path).returncode == 0
     (path,) = tmp_path.glob("outputs/*/*/result.json")
     alone = json.loads(path.read_text())
     for key in ("dense", "pruned", "plan", "fingerprints", "history"):
@@ -139,19 +140,12 @@ def test_missing_and_damaged_results_are_rows_too(tmp_path: Path, capsys) -> Non
     assert main([str(empty)]) == 2 and not list(empty.iterdir())
 
 
-def test_an_interrupted_sweep_keeps_its_table(tmp_path: Path) -> None:
+def test_an_interrupted_sweep_keeps_its_table(runs: Runner, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    wanted = ["recover=finetune", "recover.epochs=1,100000", "evals=[accuracy]", f"hydra.sweep.dir={sweep}"]
-    # a shell that runs the tests in the background may have them ignore Ctrl-C, and their children with them
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    line = [sys.executable, str(ROOT / "main.py"), "-m", *FAST, *wanted]
-    running = subprocess.Popen(line, cwd=tmp_path, preexec_fn=heard)
-    try:
-        until(lambda: (sweep / "1" / "plan.json").is_file(), seconds=120)
-        running.send_signal(signal.SIGINT)
-        assert running.wait(60) == 130
-    finally:
-        running.kill()
+    wanted = ["recover=finetune", "recover.epochs=1,2", "evals=[accuracy]", f"hydra.sweep.dir={sweep}"]
+    ctrl_c = Fault("interrupt", 1, inside=f"{sweep}/1/.plan.json")
+    (done,) = runs.run(tmp_path, ["-m", *FAST, *wanted], ctrl_c, whole=True)
+    assert done.code == 130, done.err
     assert [row["status"] for row in rows_of(sweep)] == ["ok", "failed"]
     assert "interrupted" in rows_of(sweep)[1]["error"]
 

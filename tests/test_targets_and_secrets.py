@@ -1,8 +1,6 @@
 """What a configuration may call, and that no token or password reaches anything that is kept or printed."""
 
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,13 +8,12 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from tests.conftest import CONFIGS, SMALL
+from tests.conftest import CONFIGS, SMALL, Command
 from tests.test_config import problems
 from utils.check import find_problems
 from utils.secrets import covered, redacted, secret_values, why_secret, why_secret_key
 from utils.targets import engine_refusals, is_model_builder, why_refused
 
-ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "QuiteSecretIndeed" * 2
 PLAIN = "just-my-own-wandb-value"
 
@@ -171,15 +168,12 @@ class Spilling(Random):
 
 
 @pytest.mark.parametrize("fails", ["1", pytest.param("", marks=pytest.mark.slow)])
-def test_no_file_and_no_line_of_a_run_holds_the_token(fails: str, tmp_path: Path) -> None:
+def test_no_file_and_no_line_of_a_run_holds_the_token(fails: str, forked: Command, tmp_path: Path) -> None:
     (tmp_path / "spilling.py").write_text(SPILLING)
-    environment = os.environ | {"HF_TOKEN": TOKEN, "MY_API_KEY": PLAIN, "PYTHONPATH": str(tmp_path), "FAIL": fails}
+    environment = {"HF_TOKEN": TOKEN, "MY_API_KEY": PLAIN, "PYTHONPATH": str(tmp_path), "FAIL": fails}
     small = ("evals=[macs]", "save=true", *(s for s in SMALL if not s.startswith("evals.")))
     given = (*small, "prune=random", "prune._target_=spilling.Spilling", f"hydra.run.dir={tmp_path}/out")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *given, f"storage={tmp_path}/storage"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = forked(*given, f"storage={tmp_path}/storage", cwd=tmp_path, **environment)
     assert (done.returncode != 0) == bool(fails), done.stderr
     files = [path for folder in ("out", "storage") for path in (tmp_path / folder).rglob("*") if path.is_file()]
     assert any(path.name == "result.json" for path in files)

@@ -1,13 +1,16 @@
 """Masks and allocations against slow loops: exact counts, ties, patterns, and parts that meet the ratio."""
 
 from fractions import Fraction
+from itertools import product
 from math import floor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from prune.weights import masks
 from prune.weights.allocation import alpha, global_counts, met, outlier_share, owl, tail_exponent, whole_counts
 from prune.weights.magnitude import WeightMagnitude
 from prune.weights.masks import (
@@ -25,6 +28,7 @@ from prune.weights.masks import (
     unpacked,
 )
 from prune.weights.sequential import zero_where
+from prune.weights.words import word_ranks
 from tests.adapters import ADAPTERS, bundle_of
 from tests.sparse import applied_to, linear, masks_of
 from utils.errors import InputError, RunError
@@ -114,6 +118,31 @@ def test_patterns_equal_the_loop(zeros: int, of: int, tied: bool) -> None:
     mask = pattern_mask(scores, Pattern(zeros, of))
     assert torch.equal(mask, slow_pattern(scores, zeros, of))
     assert bool((mask.view(-1, of).sum(dim=1) == zeros).all())
+
+
+@pytest.mark.parametrize("of", [2, 4, 8])
+def test_every_rank_of_a_short_group(of: int) -> None:
+    """All orders and ties of a group, in pieces that end between two groups; infinities are told apart, too."""
+    rows = list(product((0.0, 1.0, 2.0), repeat=of)) if of < 8 else random_scores(True, 500, 8).tolist()
+    ranks = word_ranks(np.array(rows, dtype=np.float32).flatten(), of).reshape(-1, of)
+    wanted = [[sorted(range(of), key=lambda i: (row[i], i)).index(place) for place in range(of)] for row in rows]  # noqa: B023
+    assert ranks.tolist() == wanted
+
+
+@pytest.mark.parametrize("of", [2, 4, 8])
+def test_long_rows_go_piece_by_piece(of: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = random_scores(True, 12, 40)
+    whole = pattern_mask(scores, Pattern(1, of))
+    monkeypatch.setattr(masks, "WORD_CHUNK", 32)
+    assert torch.equal(pattern_mask(scores, Pattern(1, of)), whole)
+    turned = scores.T.contiguous().T  # the same, lying otherwise in memory
+    assert torch.equal(pattern_mask(turned, Pattern(1, of)), whole)
+    assert pattern_mask(torch.zeros(0, 8), Pattern(1, of)).shape == (0, 8)
+    assert not pattern_mask(torch.tensor([[0.0, -0.0] * 4]), Pattern(1, of))[0, 1], "zeros of both signs are a tie"
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        scores[-1, -1] = bad  # in the last piece
+        with pytest.raises(RunError, match="1 of 480 are NaN or infinite"):
+            pattern_mask(scores, Pattern(1, of))
 
 
 def test_counts_do_not_fall_one_short_in_binary() -> None:

@@ -34,7 +34,7 @@ from utils.launched import (
     speaks,
 )
 from utils.secrets import cover_output
-from utils.sweeping import Sweep, prepared, take_resume, with_overrides
+from utils.sweeping import Sweep, prepared, take_resume
 
 log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -53,6 +53,7 @@ def launch(main: Callable[[], None], config_dir: Path, expand: Callable[[Sequenc
     """
     cover_output()
     heed_interrupts()
+    logging.raiseExceptions = False  # a log file on a full disk: the run says it once, in its own message
     asked = [] if speaks() else note_termination()
     try:
         typed, resume = take_resume(sys.argv[1:])
@@ -87,7 +88,7 @@ def launch(main: Callable[[], None], config_dir: Path, expand: Callable[[Sequenc
             sys.exit(INTERRUPTED)
         leave()
     else:
-        sys.argv[1:] = with_overrides(sys.argv[1:], sweep.overrides)
+        sys.argv[1:] = sweep.told(sys.argv[1:])
         reach_workers(config_dir.parent)
         os.environ |= sweep.environment
         # a launcher's idle workers must be told in Python's own order
@@ -107,8 +108,19 @@ def swept(main: Callable[[], None], sweep: Sweep) -> int:
         code = end.code if isinstance(end.code, int) else RUN_FAILED
         if code == TERMINATED:
             print(KEPT.replace("interrupted", "terminated"), file=sys.stderr)
-    good = close(sweep.folder)
+    good = _closed(sweep.folder)
     return code if code != DONE or good else RUN_FAILED
+
+
+def _closed(sweep: Path) -> bool:
+    """Whether a sweep's tables could be made and all its jobs are well."""
+    try:
+        with full_disks_named():
+            return close(sweep)
+    except RunError as error:
+        again = f"python -m evals.report {shlex.quote(str(sweep))}"
+        print(f"{error}: the sweep's tables are not made; with room, {again} makes them", file=sys.stderr)
+        return False
 
 
 def end_on_termination() -> None:

@@ -4,13 +4,12 @@ Hydra stops at the first override it can't apply. Here the overrides are tried t
 and, only if that fails, one by one, so that a user mends all of them at once.
 """
 
-import copy
 import itertools
 import math
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -25,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.check import find_problems, is_selected, resolved, suggest
+from utils.composing import read_once
 from utils.config import ROOT_RULES
 from utils.config_files import config_file_problems, searched_folders
 from utils.engines import engine_problems, searches
@@ -74,6 +74,7 @@ def command_line_problems(line: CommandLine) -> list[str]:
     if foreign := [said for folder in _foreign_folders(line) for said in config_file_problems(folder)]:
         return foreign
     with initialize_config_dir(str(line.config_dir.absolute()), version_base="1.3"):
+        read_once(_loader())
         try:
             jobs = list(_jobs(line))
             distinct = list(dict.fromkeys(override for job in jobs for override in job))
@@ -148,6 +149,8 @@ def _jobs(line: CommandLine) -> Iterator[list[str]]:
                 raise HydraException(f"{override.input_line}: several values need a sweep, with -m")
         yield overrides
         return
+    if several := [o.input_line for o in parsed if o.is_hydra_override() and o.is_sweep_override()]:
+        raise HydraException(f"{several[0]}: must be one value, as Hydra's own keys hold for the whole sweep")
     # what is typed takes the place of the sweep's own values, as in Hydra's sweeper
     typed = {override.get_key_element() for override in parsed}
     params = parser.parse_overrides(_sweeper_params(line, overrides))
@@ -237,7 +240,7 @@ class JobComposer:
 
     def __init__(self, config_name: str) -> None:
         self.config_name = config_name
-        self.shared: dict[tuple[str, ...], DictConfig] = {}
+        self.shared: dict[tuple[str, ...], bytes] = {}
 
     def __call__(self, overrides: list[str]) -> DictConfig:
         """Compose one job; an open `initialize_config_dir` says from where."""
@@ -247,33 +250,10 @@ class JobComposer:
         values = [o for o in parsed if apart and "." in o.key_or_group and not o.is_hydra_override()]
         rest = tuple(override.input_line or "" for override in parsed if override not in values)
         if rest not in self.shared:
-            self.shared[rest] = compose(self.config_name, [*rest])
-        cfg = copy.deepcopy(self.shared[rest])
+            self.shared[rest] = pickle.dumps(compose(self.config_name, [*rest]), pickle.HIGHEST_PROTOCOL)
+        cfg = pickle.loads(self.shared[rest])  # several times as fast as a deep copy
         ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
         return cfg
-
-
-class ComposedOnce:
-    """Stands in for a loader's `load_sweep_config`: what was composed for the first asking answers the second.
-
-    Hydra composes each job of a sweep to validate it and composes it again to launch it.
-    """
-
-    def __init__(self, loader: ConfigLoader) -> None:
-        self.loader = loader
-        self.composed: dict[tuple[str, ...], DictConfig] = {}
-
-    def __call__(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """Give a job's configuration out, at most two times the same one."""
-        job = tuple(sweep_overrides)
-        if job in self.composed:
-            return self.composed.pop(job)
-        self.composed[job] = type(self.loader).load_sweep_config(self.loader, master_config, sweep_overrides)
-        return self.composed[job]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the configurations: a launcher that sends jobs elsewhere sends the loader with each."""
-        return {"loader": self.loader, "composed": {}}
 
 
 def _called_problems(line: CommandLine) -> list[str]:

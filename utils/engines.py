@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from utils.check import suggest
 from utils.rules import Count, NonNegative, Positive, Range, Whole, broken_rule
+from utils.starter import starter
 
 # the packages that a plugin or a sweeper's target stands for, and the requirements file that installs them
 EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -25,6 +26,7 @@ EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "hydra_plugins.pare.local_jobs.": ("submitit", ("hydra-submitit-launcher", "submitit")),
     "hydra_plugins.pare.search.": ("optuna", ("hydra-optuna-sweeper", "optuna", "sqlalchemy")),
 }
+ENDS_WITH_STARTER = ("hydra_plugins.hydra_joblib_launcher.", "hydra_plugins.pare.local_jobs.")
 Workers = Annotated[int, Range(-1)]
 RULES: Mapping[str, Any] = {
     "launcher.n_jobs": Workers,
@@ -61,6 +63,7 @@ OPTIONAL = (
     "sweeper.max_batch_size",
 )  # fmt: skip
 TOO_NEW_SQLALCHEMY = 2
+JOB_FOLDER = "${hydra.job.num}"
 # figures that are never a task's own
 NO_QUALITY = ("macs", "params", "nonzero_params", "size", "latency", "throughput", "peak_memory", "energy")
 
@@ -104,6 +107,7 @@ def engine_problems(hydra: DictConfig, metrics: Sequence[str]) -> list[str]:
         found
         + list(_broken_rules(hydra))
         + list(_not_of_a_joined(hydra))
+        + list(_misplaced_jobs(hydra))
         + (_search_problems(hydra, metrics) if searches(hydra) else [])
     )
 
@@ -141,6 +145,13 @@ def _broken_rules(hydra: DictConfig) -> Iterator[str]:
         yield "hydra.launcher.n_jobs=0: must be at least 1, or -1 for one a core"
 
 
+def _misplaced_jobs(hydra: DictConfig) -> Iterator[str]:
+    """Folders of jobs that the sweep's table and `resume=` would not find, or that lie outside of the sweep's own."""
+    written = OmegaConf.to_container(hydra.sweep, resolve=False)
+    if isinstance(written, dict) and (subdir := written["subdir"]) != JOB_FOLDER:
+        yield f"hydra.sweep.subdir={subdir}: must be {JOB_FOLDER}, the number by which a sweep's table finds its jobs"
+
+
 def _joined_cluster(hydra: DictConfig) -> str | None:
     """The address of the Ray cluster that a sweep joins; None where it starts one, or none is asked for."""
     address = OmegaConf.select(hydra, "launcher.ray.init.address")
@@ -161,9 +172,14 @@ def _not_of_a_joined(hydra: DictConfig) -> Iterator[str]:
 def engine_environment(hydra: DictConfig, known: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Variables that a launcher needs and nobody has set.
 
+    Processes of joblib and submitit_local go on by themselves where the one that started them is killed: they are told
+    which one it is. Ray sees to that itself, and jobs of Slurm are to go on.
+
     `ray start` asks for a token where there is one on its machine (a cluster that a sweep started has left it), but
     Ray shows it by itself only to a cluster that it found itself, and not to one by address.
     """
+    if str(OmegaConf.select(hydra, "launcher._target_")).startswith(ENDS_WITH_STARTER):
+        return starter()
     if _joined_cluster(hydra) is None or "RAY_AUTH_MODE" in known:
         return {}
     given = any(name in known for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))

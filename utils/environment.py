@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def describe_device(device: torch.device) -> dict[str, str | int]:
     return {"type": device.type, "name": name, "cpu_threads": torch.get_num_threads(), "cpu_count": os.cpu_count() or 0}
 
 
+@lru_cache(maxsize=256)
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -58,10 +60,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+@lru_cache(maxsize=1)
 def _commit() -> str | None:
+    """The commit that this process started from; the jobs of a sweep share it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""The two errors that end a run with a message instead of a traceback."""
+"""The errors that end a run with a message instead of a traceback."""
 
 
 class InputError(ValueError):
@@ -6,6 +6,10 @@ class InputError(ValueError):
 
     The message names the key or argument, its value and the rule.
     """
+
+
+class Unreachable(InputError):
+    """More is to go than can go; a smaller ratio would do."""
 
 
 class RunError(RuntimeError):

@@ -15,6 +15,8 @@ from utils.progress import LARGE, followed
 
 PIECE = 16 * 10**6
 
+# more than what a run writes at its very start, in bytes
+LEAST = 65_536
 # what says that the place, and not the program, is at fault
 REFUSALS = {
     getattr(errno, name)
@@ -23,10 +25,13 @@ REFUSALS = {
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Say why a folder can't be made, or nothing be made in it, or None; nothing is left behind."""
+    """Say why a folder can't be made, or next to nothing be written in it, or None; nothing is left behind."""
     there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
     try:
         os.rmdir(tempfile.mkdtemp(dir=there, prefix=".writable-"))
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(LEAST))
+            file.flush()
     except (OSError, ValueError) as error:
         return getattr(error, "strerror", None) or str(error)
     return None

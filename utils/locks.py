@@ -6,9 +6,11 @@ seconds. A holder that died is found at once on its own machine, by its process;
 changes while the observer's own monotonic clock goes on. Clocks are never compared, so they may differ or go back.
 """
 
+import errno
 import json
 import os
 import platform
+import re
 import threading
 import time
 import uuid
@@ -22,6 +24,8 @@ HEARTBEAT_S, STALE_S = 5.0, 60.0
 # a file that no holder wrote: one left by an older version, or half made where there are no links
 UNREADABLE_S = 1.0
 FIRST_LOOK_S, SLOWEST_LOOK_S = 0.01, 0.5
+# what a holder writes: bytes, and its acquisition's name
+LONGEST, TOKEN = 4096, re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
 def place() -> str:
@@ -91,15 +95,28 @@ def owner_in(path: Path) -> tuple[Owner | None, int] | None:
     """Read a lock file: its owner (None where that cannot be read) and when it last changed; None if there is none."""
     try:
         # opening asks a network file system for the file as it is now; a bare `stat` may answer from memory
-        with path.open("rb") as file:
-            content, changed = file.read(), os.fstat(file.fileno()).st_mtime_ns
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return None, os.lstat(path).st_mtime_ns  # a link, which no holder makes
     try:
-        found = json.loads(content)
-        return Owner(str(found["token"]), str(found["place"]), int(found["pid"]), found["since"]), changed
-    except (ValueError, KeyError, TypeError):
-        return None, changed
+        return owner_of(os.read(file, LONGEST + 1)), os.fstat(file).st_mtime_ns
+    finally:
+        os.close(file)
+
+
+def owner_of(content: bytes) -> Owner | None:
+    """Whom the content of a lock file names; None for anything that no holder has written."""
+    try:
+        found = json.loads(content) if len(content) <= LONGEST else {}
+        owner = Owner(str(found["token"]), str(found["place"]), int(found["pid"]), found["since"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    # the token becomes part of a file's name
+    return owner if TOKEN.fullmatch(owner.token) and 0 < owner.pid < 2**31 else None
 
 
 @dataclass
@@ -158,7 +175,7 @@ class Lock:
             found = owner_in(self.path)
             if found is None and self._made():
                 break
-            if found is None or self._left_behind(found, watch):
+            if found is not None and self._left_behind(found, watch):
                 continue
             if deadline is not None and time.monotonic() >= deadline:
                 return False

@@ -1,15 +1,17 @@
 """A sweep on the command line: where its folder is, what of it is still to do, and how it ends."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from utils.compose import CommandLine, hydra_node, is_sweep, with_extra_dir
+from utils.deferred import deferred
 from utils.engines import engine_environment, searches
 from utils.errors import InputError
 from utils.files import why_not_writable
@@ -28,12 +30,18 @@ class Sweep:
         overrides: What Hydra is told beyond what was typed.
         left: How many jobs are to be done; None where only the sweeper knows.
         environment: Variables that its launcher needs.
+        deferred: What Hydra is told instead of settings that wait for their jobs, by what was typed.
     """
 
     folder: Path
     overrides: list[str]
     left: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    deferred: Mapping[str, str] = field(default_factory=dict)
+
+    def told(self, arguments: Sequence[str]) -> list[str]:
+        """The command line as Hydra is to read it."""
+        return with_overrides([self.deferred.get(argument, argument) for argument in arguments], self.overrides)
 
 
 def take_resume(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -76,21 +84,34 @@ def prepared(line: CommandLine, resume: Path | None) -> Sweep | None:
             if resume is not None:
                 raise InputError(f"{RESUME}{resume}: goes on with a sweep, which needs -m")
             if (node := hydra_node(line, overrides)) is not None:
-                _refuse_unwritable("hydra.run.dir", Path(str(node.run.dir)).absolute())
+                _refuse_unwritable("hydra.run.dir", _place(node, "run.dir"))
             return None
         hydra = hydra_node(line, overrides)
         assert hydra is not None
-        needed = engine_environment(hydra)
-        folder = Path(str(hydra.sweep.dir) if resume is None else resume).absolute()
+        needed, waiting = engine_environment(hydra), _deferred(line, hydra)
+        folder = _place(hydra, "sweep.dir") if resume is None else resume.absolute()
         place = f"hydra.sweep.dir={written('hydra.sweep.dir', str(folder))}"
         _refuse_unwritable("hydra.sweep.dir" if resume is None else "resume", folder)
         if resume is None:
-            return Sweep(folder, [place], environment=needed)
+            return Sweep(folder, [place], environment=needed, deferred=waiting)
+        told = replace(line, overrides=[waiting.get(override, override) for override in line.overrides])
         if searches(hydra):
-            _refuse_another_search(line.overrides, resume)
-            return Sweep(folder, [place], environment=needed)
-        left = _count_missing(line, hydra, resume)
-        return Sweep(folder, [place, "hydra/sweeper=resume"], left, needed)
+            _refuse_another_search(told.overrides, resume)
+            return Sweep(folder, [place], environment=needed, deferred=waiting)
+        left = _count_missing(told, hydra, resume)
+        return Sweep(folder, [place, "hydra/sweeper=resume"], left, needed, waiting)
+
+
+def _place(hydra: DictConfig, key: str) -> Path:
+    """A folder that Hydra's part of the configuration names.
+
+    Raises:
+        InputError: If it is missing, or a reference in it leads nowhere.
+    """
+    try:
+        return Path(str(OmegaConf.select(hydra, key, throw_on_missing=True))).absolute()
+    except OmegaConfBaseException as error:
+        raise InputError(f"hydra.{key}: must be a folder ({str(error).splitlines()[0]})") from error
 
 
 def _refuse_unwritable(key: str, folder: Path) -> None:
@@ -99,10 +120,18 @@ def _refuse_unwritable(key: str, folder: Path) -> None:
         raise InputError(f"{key}={folder}: cannot be written ({why}); must be a folder that can")
 
 
+def _deferred(line: CommandLine, hydra: DictConfig) -> dict[str, str]:
+    own = [f"{key}={value}" for key, value in _params(hydra).items()]
+    return deferred([*own, *_task_overrides(line.overrides)], line.config_name, GlobalHydra.instance().config_loader())
+
+
+def _params(hydra: DictConfig) -> dict[str, str]:
+    return {str(key): str(value) for key, value in (hydra.sweeper.get("params") or {}).items()}
+
+
 def _count_missing(line: CommandLine, hydra: DictConfig, resume: Path) -> int:
     loader = GlobalHydra.instance().config_loader()
-    params = {str(key): str(value) for key, value in (hydra.sweeper.get("params") or {}).items()}
-    return len(missing(jobs_of(_task_overrides(line.overrides), params, loader), resume, loader))
+    return len(missing(jobs_of(_task_overrides(line.overrides), _params(hydra), loader), resume, loader))
 
 
 def _task_overrides(overrides: Sequence[str]) -> list[str]:

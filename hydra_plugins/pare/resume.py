@@ -10,6 +10,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from hydra_plugins.pare.grid import launch_all
 from utils.jobs import Numbered, jobs_of, missing
 
 log = logging.getLogger(__name__)
@@ -37,18 +38,12 @@ class Missing(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Launch the missing jobs; raises the first one's error after all have run."""
+        """Launch the missing jobs."""
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         loader = self.hydra_context.config_loader
         params = {str(key): str(value) for key, value in (self.params or {}).items()}
         asked = jobs_of(arguments, params, loader)
-        todo = missing(asked, Path(self.config.hydra.sweep.dir), loader)
+        folder = Path(self.config.hydra.sweep.dir)
+        todo = missing(asked, folder, loader)
         log.info("%d of %d jobs are done; the rest follows", len(asked) - len(todo), len(asked))
-        size = self.max_batch_size or max(1, len(todo))
-        returns: list[Any] = []
-        for start in range(0, len(todo), size):
-            batch = [in_its_folder(job) for job in todo[start : start + size]]
-            returns += self.launcher.launch(batch, initial_job_idx=start)
-        for found in returns:
-            _ = found.return_value
-        return returns
+        return launch_all(self.launcher, [in_its_folder(job) for job in todo], self.max_batch_size, folder)

@@ -15,6 +15,7 @@ from data.base import DataBundle, Distributing, Probing, Task, divergence_probe,
 from models.base import Batch, PrunableModel
 from prune.gates import calibration_of, undisturbed
 from prune.repair.batches import at_most, largest, merged
+from prune.repair.normal import gram
 from prune.repair.rows import Reader, readers
 from utils.distributed import rank, summed, world_size
 from utils.hooks import hooked
@@ -50,13 +51,17 @@ class _Sums:
 
     def read(self, x: Tensor) -> None:
         """Take in what the consumer reads, (N, k)."""
-        ones = torch.cat([x.float(), x.new_ones(len(x), 1, dtype=torch.float32)], dim=1)
-        self.inputs += (ones.T @ ones).double()
+        x = x.float()
+        sums = x.sum(dim=0)
+        self.inputs[:-1, :-1] += gram(x)
+        self.inputs[-1, :-1] += sums
+        self.inputs[:-1, -1] += sums
+        self.inputs[-1, -1] += len(x)
         self.rows += len(x)
 
     def answered(self, g: Tensor) -> None:
         """Take in the gradient at what it gives, (N, D)."""
-        self.outputs += (g.float().T @ g.float()).double()
+        self.outputs += gram(g.float())
 
 
 def curvatures(model: PrunableModel, data: DataBundle, seed: int) -> dict[str, Curvature]:

@@ -33,20 +33,63 @@ def removal_costs(inputs: Tensor, outputs: Tensor, matrix: Tensor, columns: Tens
     """
     count, width = columns.shape
     exact = torch.float64 if width > 1 else torch.float32  # single columns are many, and float32 orders them as well
-    inverse = _inverse(inputs, damping).to(exact)
-    seen = (_root(outputs) @ matrix.T).to(exact)  # (D, k): |seen|^2 is what G makes of W
-    columns = columns.to(inverse.device)
-    costs = torch.zeros(count, dtype=torch.float64, device=inverse.device)
-    alive = torch.ones(count, dtype=torch.bool, device=inverse.device)
+    left = _Left(_inverse(inputs, damping).to(exact), (_root(outputs) @ matrix.T).to(exact), columns)
+    costs = torch.zeros(count, dtype=torch.float64, device=inputs.device)
+    alive = torch.ones(count, dtype=torch.bool, device=inputs.device)
     at_once, highest = -(-count // MOST_STEPS), 0.0
-    while left := int(alive.sum()):
-        found = _costs(inverse, seen, columns).double().masked_fill(~alive, torch.inf)
-        least, units = found.topk(min(at_once, left), largest=False, sorted=True)
+    for start in range(0, count, at_once):
+        found = left.costs().double().masked_fill(~alive, torch.inf)
+        least, units = found.topk(min(at_once, count - start), largest=False, sorted=True)
         highest = max(highest, float(least[-1]))
         costs[units] = highest
         alive[units] = False
-        _remove(inverse, seen, columns[units].flatten())
+        left.remove(units)
     return costs.float().cpu()
+
+
+class _Left:
+    """What removal leaves of a matrix product.
+
+    The inverse of what is left is the first one less a product for each removal: `R^T P` with `P = R_S^-1 R`, R the
+    rows of the columns S that go. Of it only the units' own blocks are kept up. Rows are made when their columns go,
+    in a sixth of the time that it takes to subtract every product from all of it.
+
+    Args:
+        inverse: Of H, (k, k).
+        seen: W as G sees it, `|seen|^2` is its cost, (D, k).
+        columns: Of each unit, (count, width).
+    """
+
+    def __init__(self, inverse: Tensor, seen: Tensor, columns: Tensor) -> None:
+        self.inverse, self.seen, self.columns = inverse, seen, columns.to(inverse.device)
+        self.blocks = inverse[self.columns[:, :, None], self.columns[:, None, :]]  # (count, width, width)
+        self.rows, self.pushed = torch.empty_like(inverse), torch.empty_like(inverse)
+        self.gone = 0
+
+    def costs(self) -> Tensor:
+        """`tr(A_u (H^-1_uu)^-1 A_u^T)` of every unit, (count,)."""
+        if self.columns.shape[1] == 1:
+            squares = self.seen.square().sum(dim=0)[self.columns[:, 0]]
+            return squares / self.blocks[:, 0, 0].clamp(min=1e-30)
+        parts = self.seen.T[self.columns]  # (k, D) -> (count, width, D)
+        return (parts * torch.linalg.solve(self.blocks, parts)).sum(dim=(1, 2))
+
+    def remove(self, units: Tensor) -> None:
+        """Refit what is left without some units; they themselves become the identity and zero."""
+        gone, before = self.columns[units].flatten(), slice(self.gone)
+        rows = self.inverse[gone] - self.rows[before, gone].T @ self.pushed[before]  # (width, k)
+        among = rows[:, gone]
+        # their own blocks as costs know them, whatever rounding says
+        shape = (len(units), self.columns.shape[1])
+        among.view(*shape, *shape).diagonal(dim1=0, dim2=2).copy_(self.blocks[units].permute(1, 2, 0))
+        pushed = torch.linalg.solve(among, rows)
+        self.seen -= self.seen[:, gone] @ pushed
+        self.seen[:, gone] = 0
+        now = slice(self.gone, self.gone + len(gone))
+        self.rows[now], self.pushed[now], self.gone = rows, pushed, now.stop
+        mine, theirs = (part.T[self.columns] for part in (rows, pushed))  # (count, width, gone)
+        self.blocks -= mine @ theirs.mT
+        self.blocks[units] = torch.eye(self.columns.shape[1], dtype=rows.dtype, device=rows.device)
 
 
 def _inverse(inputs: Tensor, damping: float) -> Tensor:
@@ -65,24 +108,3 @@ def _root(matrix: Tensor) -> Tensor:
     """R with `R^T R` the symmetric matrix given."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.clamp(min=0).sqrt()[:, None] * vectors.T
-
-
-def _costs(inverse: Tensor, seen: Tensor, columns: Tensor) -> Tensor:
-    """`tr(A_u (H^-1_uu)^-1 A_u^T)` of every unit, (count,)."""
-    if columns.shape[1] == 1:
-        single = columns[:, 0]
-        return seen[:, single].square().sum(dim=0) / inverse.diagonal()[single].clamp(min=1e-30)
-    blocks = inverse[columns[:, :, None], columns[:, None, :]]  # (count, width, width)
-    parts = seen.T[columns]  # (k, D) -> (count, width, D)
-    return (parts * torch.linalg.solve(blocks, parts)).sum(dim=(1, 2))
-
-
-def _remove(inverse: Tensor, seen: Tensor, gone: Tensor) -> None:
-    """Refit what is left without some columns, in place; they themselves become the identity and zero."""
-    pushed = torch.linalg.solve(inverse[gone[:, None], gone], inverse[gone])  # (width, k)
-    seen -= seen[:, gone] @ pushed
-    inverse -= inverse[:, gone] @ pushed
-    seen[:, gone] = 0
-    inverse[gone] = 0
-    inverse[:, gone] = 0
-    inverse[gone, gone] = 1

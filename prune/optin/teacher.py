@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.base import Batch, PrunableModel
+from models.merging import Reduction
 from prune.gates import gated
 from prune.optin.losses import draw_rows, feature_rows, sampled, token_gram
 from prune.optin.precision import Precision, in_float32
@@ -60,13 +61,17 @@ class Teacher:
 
 
 def refuse_without_trajectory(model: PrunableModel) -> None:
-    """Raise an InputError if the model names no feature point for each of its blocks, or merges tokens already."""
+    """Raise an InputError if the model names no feature point for each of its blocks, or merges tokens already.
+
+    A block that asks for the tokens in front alone can't be replayed either.
+    """
     points, blocks = len(model.feature_points()), len(model.blocks())
     if not blocks or points < blocks:
         raise InputError(
             f"prune=optin: model={model.name} names {points} feature points for {blocks} blocks; it needs one a block"
         )
-    if model.reduction is not None and model.reduction.merges:
+    in_front = isinstance(model.reduction, Reduction) and model.reduction.front_only
+    if in_front or (model.reduction is not None and model.reduction.merges):
         raise InputError(f"prune=optin: the tokens of model={model.name} are merged already; score the unmerged model")
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+import prune.repair.normal
 import prune.repair.rows
 from data.base import DataBundle
 from models.base import PrunableModel, UnitGroup
@@ -38,7 +39,7 @@ class Obs(Structural):
     damping: NonNegative = 0.01
     seed: Seed = 0
 
-    ranking_code: ClassVar[tuple[ModuleType, ...]] = (curvature, removal, prune.repair.rows)
+    ranking_code: ClassVar[tuple[ModuleType, ...]] = (curvature, removal, prune.repair.normal, prune.repair.rows)
 
     def rank(self, model: PrunableModel, data: DataBundle) -> Scores:
         """One forward and one backward pass a batch, then the removal of all units of every group."""

@@ -24,19 +24,19 @@ from models.merging import Reduction
 from models.token_cost import TokenCosts
 from prune.base import Method, Plan, Scores
 from prune.rankers.obs import Obs
-from prune.repair.rebuild import Pair, rebuilt
+from prune.repair.rebuild import Pair, rebuilt_abreast
 from prune.repair.repairs import CODE, Repair, Repairs
 from prune.repair.solvers import Refit
 from prune.rewriting import Applied
 from prune.sensitivity.allocation import content_of
 from prune.split import curves, trials
 from prune.split.curves import splits
-from prune.split.trials import Parts, tried
+from prune.split.trials import Parts, answers, tried
 from prune.structural import TEACHER
 from prune.surgery import cut
 from prune.tokens.costs import cut_costs
 from prune.tokens.tome import Tome
-from utils.errors import InputError
+from utils.errors import InputError, Unreachable
 from utils.storage import Scratch, Store
 
 # ratios at which the curves are taken
@@ -98,20 +98,20 @@ class Pare(Obs):
         if not self.merges or tokens is None:
             return base
         parts = Parts.of(data)
-
-        def of_units(ratio: float, fitted: Sequence[Batch]) -> PrunableModel:
-            return self._trial(replace(self, ratio=ratio), model, base, costs, fitted)
+        dense = answers(model, parts.judged)
+        students = self._students(model, base, costs, parts.fitted)
 
         def merging(shape: float | None, ratio: float) -> Reduction:
             return careful(ratio, tokens, shape).reduction(tokens, costs.total("macs"))
 
-        def of_tokens(shape: float | None, ratio: float, fitted: Sequence[Batch]) -> PrunableModel:
+        def of_tokens(shape: float | None, ratio: float) -> PrunableModel:
             pruned = model.copy()
             pruned.reduce_tokens(merging(shape, ratio))
             return pruned
 
-        units = tried(model, data, parts, [of_units], UNITS, "units tried")
-        merged = tried(model, data, parts, [partial(of_tokens, shape) for shape in SHAPES], TOKENS, "tokens tried")
+        units = tried(dense, data, parts.judged, [students.__getitem__], students, "units tried")
+        ways = [partial(of_tokens, shape) for shape in SHAPES]
+        merged = tried(dense, data, parts.judged, ways, TOKENS, "tokens tried")
         # the least that can go may be more than was asked for
         reached = {
             1 - tokens.of(merging(SHAPES[way], at)) / costs.total("macs"): (lost, way) for at, lost, way in merged
@@ -150,7 +150,7 @@ class Pare(Obs):
             if share and not at(share)[2].merges:  # the last block gives more than is missing
                 share = round(least(lambda part: not at(part)[2].merges, share), 9)
             kept, left, reduction = at(share)
-        except InputError:
+        except Unreachable:
             return None
         plan = Plan.of(
             model, kept, budget="macs", ratio_asked=self.ratio,
@@ -180,18 +180,23 @@ class Pare(Obs):
             return found
         return replace(found, ridge=FIRM * self.ridge)
 
-    def _trial(
-        self, method: "Pare", model: PrunableModel, scores: Scores, costs: CostModel, fitted: Sequence[Batch]
-    ) -> PrunableModel:
-        """A model with its units cut and refitted."""
-        method.check(costs)
-        plan = Plan.of(model, method._kept(self.combine(model, scores), costs))
-        student = cut(model, plan)
-        if "refit" in self.repair:
-            whole = {group.name: torch.arange(group.count) for group in model.unit_groups()}
-            pair = Pair(model, student, whole, plan.kept, model)
-            rebuilt(pair, fitted, Refit(self.ridge, self.follow), "refit", None)
-        return student
+    def _students(
+        self, model: PrunableModel, scores: Scores, costs: CostModel, fitted: Sequence[Batch]
+    ) -> dict[float, PrunableModel]:
+        """Models with their units cut and refitted, by their ratio, up to the last one that units alone can give."""
+        combined, pairs = self.combine(model, scores), dict[float, Pair]()
+        whole = {group.name: torch.arange(group.count) for group in model.unit_groups()}
+        for ratio in UNITS:
+            method = replace(self, ratio=ratio)
+            try:
+                method.check(costs)
+            except Unreachable:
+                break
+            plan = Plan.of(model, method._kept(combined, costs))
+            pairs[ratio] = Pair(model, cut(model, plan), whole, plan.kept, model)
+        if "refit" in self.repair and pairs:
+            rebuilt_abreast([*pairs.values()], fitted, Refit(self.ridge, self.follow), "refit")
+        return {ratio: pair.student for ratio, pair in pairs.items()}
 
 
 def least(holds: Callable[[float], bool], largest: float) -> float:
@@ -201,7 +206,7 @@ def least(holds: Callable[[float], bool], largest: float) -> float:
         middle = (low + high) / 2
         try:
             low, high = (low, middle) if holds(middle) else (middle, high)
-        except InputError:
+        except Unreachable:
             low = middle
     return high
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from prune.optin.precision import computed_in, in_float32
 
+# columns of a Gram matrix that are computed together
+STRIPE = 128
+
 
 @dataclass(frozen=True)
 class Normal:
@@ -44,8 +47,8 @@ class Normal:
         wide = torch.promote_types(x.dtype, torch.float32)
         x, r = x.to(wide), r.to(wide)
         with computed_in("float32", x.device), in_float32(x.device):
-            self.gram[:-1, :-1] += (x.T @ x).double()
-            self.cross[:-1] += (x.T @ r).double()
+            self.gram[:-1, :-1] += gram(x)
+            self.cross[:-1] += x.T @ r
         sums = x.sum(dim=0, dtype=torch.float64)
         self.gram[-1, :-1] += sums
         self.gram[:-1, -1] += sums
@@ -58,3 +61,14 @@ class Normal:
         """`sum of |r - delta^T x|^2` per output, (D,); delta is (k + 1, D)."""
         change = (delta * (self.gram @ delta - 2 * self.cross)).sum(dim=0)
         return (self.error + change).clamp(min=0)
+
+
+def gram(x: Tensor) -> Tensor:
+    """`x^T x` of rows (N, k), (k, k) in their type; what lies below the diagonal's stripes mirrors the rest."""
+    columns = x.shape[1]
+    found = x.new_empty(columns, columns)
+    for start in range(0, columns, STRIPE):
+        stop = start + STRIPE
+        found[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
+        found[stop:, start:stop] = found[start:stop, stop:].T
+    return found

@@ -8,6 +8,7 @@ Where the student merges tokens, a token is held against the mean of the teacher
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -80,47 +81,79 @@ def rebuilt(pair: Pair, batches: Sequence[Batch], solver: Solver, title: str, sc
     Returns:
         New weights and biases by name, and under `consumers` what was done.
     """
-    left = scratch.load() if scratch is not None else None
-    done = left or Artifact({}, {"consumers": []})
-    own, others = readers(pair.student, title), readers(pair.teacher, title)
-    outputs = _outputs(pair, own)
+    return rebuilt_abreast([pair], batches, solver, title, scratch)[0]
+
+
+@torch.no_grad()
+def rebuilt_abreast(
+    pairs: Sequence[Pair], batches: Sequence[Batch], solver: Solver, title: str, scratch: Scratch | None = None
+) -> list[Artifact]:
+    """Rewrite the consumers of several students of one teacher, in place; the teacher runs once for all of them.
+
+    Args:
+        pairs: At least one, all with the same teacher.
+        batches: Calibration data.
+        solver: What is done at each consumer; remembers nothing where there are several students.
+        title: Label of the progress bar, and the setting that asks.
+        scratch: As for `rebuilt`; None where there are several students.
+
+    Returns:
+        What `rebuilt` returns, a student.
+    """
+    teacher, left = pairs[0].teacher, scratch.load() if scratch is not None else None
+    students = [_Student(pair, title, left or Artifact({}, {"consumers": []})) for pair in pairs]
+    names, others = list(students[0].own), readers(teacher, title)
     saved = time.monotonic()
-    with (
-        undisturbed(pair.teacher.network), undisturbed(pair.student.network),
-        streams(pair.teacher, list(own), batches, inputs=False) as ahead,
-        streams(pair.student, list(own), batches) as behind,
-        progress_bar(title, len(own)) as advance,
-    ):  # fmt: skip
+    with ExitStack() as stack:
+        for network in (teacher.network, *(pair.student.network for pair in pairs)):
+            stack.enter_context(undisturbed(network))
+        ahead = stack.enter_context(streams(teacher, names, batches, inputs=False))
+        behind = [stack.enter_context(streams(pair.student, names, batches)) for pair in pairs]
+        advance = stack.enter_context(progress_bar(title, len(names)))
         seen: dict[str, object] = {}
         while (wanted := advance_all(ahead, seen)) is not None:
-            found = advance_all(behind, seen)
-            name, given = _same(wanted[0], found)
-            seen[name] = True
-            reader = own[name]
-            if f"{name}.weight" not in done.tensors:
-                normal, scale = _summed(reader, others[name], wanted[1], given, batches, solver, outputs[name])
-                done = _with(done, reader, *_change(solver, reader, normal, scale))
+            name, stops = wanted
+            for student, running in zip(students, behind, strict=True):
+                student.rewrite(others[name], stops, _same(name, advance_all(running, seen)), batches, solver)
                 if scratch is not None and time.monotonic() - saved > SAVED_EVERY_S:
-                    scratch.save(done)
+                    scratch.save(student.done)
                     saved = time.monotonic()
-            _write(reader, done)
-            for stop in given:
-                stop.replace(reader.module.forward(stop.inputs))
+            seen[name] = True
             advance(name)
-    return done
+    return [student.done for student in students]
 
 
-def _same(name: str, found: tuple[str, list[Stop]] | None) -> tuple[str, list[Stop]]:
+class _Student:
+    """A student on its way: its consumers, and those that are done."""
+
+    def __init__(self, pair: Pair, title: str, done: Artifact) -> None:
+        self.own, self.outputs, self.done = readers(pair.student, title), _outputs(pair), done
+
+    def rewrite(
+        self, other: Reader, wanted: Sequence[Stop], given: Sequence[Stop], batches: Sequence[Batch], solver: Solver
+    ) -> None:
+        """Solve the consumer where all batches wait, unless that is done, and go on with what it then gives."""
+        name = other.name
+        reader = self.own[name]
+        if f"{name}.weight" not in self.done.tensors:
+            normal, scale = _summed(reader, other, wanted, given, batches, solver, self.outputs[name])
+            self.done = _with(self.done, reader, *_change(solver, reader, normal, scale))
+        _write(reader, self.done)
+        for stop in given:
+            stop.replace(reader.module.forward(stop.inputs))
+
+
+def _same(name: str, found: tuple[str, list[Stop]] | None) -> list[Stop]:
     if found is None or found[0] != name:
         raise RunError(f"the pruned model comes to {found and found[0]} where the dense one comes to {name}")
-    return found
+    return found[1]
 
 
-def _outputs(pair: Pair, own: Mapping[str, Reader]) -> dict[str, tuple[Tensor, Tensor]]:
+def _outputs(pair: Pair) -> dict[str, tuple[Tensor, Tensor]]:
     """Per consumer the student's outputs that the teacher has too, and where the teacher has them."""
     dense = readers(pair.dense, "prune.repair")
     found = {}
-    for name in own:
+    for name in dense:
         mine, theirs = (kept_outputs(pair.dense, kept, dense[name]) for kept in (pair.student_kept, pair.teacher_kept))
         common = torch.isin(mine, theirs).nonzero().flatten()
         found[name] = common, torch.searchsorted(theirs, mine[common])
@@ -139,16 +172,23 @@ def _summed(
     normal = Normal.none(reader.columns, reader.outputs, reader.module.weight.device)
     for theirs, mine, batch in zip(wanted, given, batches, strict=True):
         gave = _wide(reader.given(mine.output, batch, first))
-        rest = torch.zeros_like(gave)
-        common, place = (index.to(gave.device) for index in outputs)
-        target = other.given(as_merged(_wide(theirs.output), mine), batch, first)
-        rest[:, common] = target[:, place] - gave[:, common]
+        rest = _missing(other.given(as_merged(_wide(theirs.output), mine), batch, first), gave, outputs)
         if solver.follow and theirs.residual is not None and mine.residual is not None:
             lack = reader.given(as_merged(_wide(theirs.residual), mine) - _wide(mine.residual), batch, first)
             rest += solver.follow * _unscaled(lack, mine.scale)
         x = reader.rows(mine.inputs, batch, first) if reader.columns else gave[:, :0]
         normal = normal.add(x, rest)
     return normal, given[0].scale
+
+
+def _missing(target: Tensor, gave: Tensor, outputs: tuple[Tensor, Tensor]) -> Tensor:
+    """What is wanted less what is given, (N, D); zero for outputs that the teacher has not."""
+    common, place = (index.to(gave.device) for index in outputs)
+    if len(common) == gave.shape[1] == target.shape[1]:
+        return target - gave  # to pick columns takes longer than all the rest
+    rest = torch.zeros_like(gave)
+    rest[:, common] = target[:, place] - gave[:, common]
+    return rest
 
 
 def as_merged(wanted: Tensor, mine: Stop) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -11,14 +12,16 @@ from models.base import Batch, PrunableModel
 from models.pretrained import samples_in
 from prune.gates import calibration_of, undisturbed
 from prune.repair.batches import regrouped
-from utils.errors import InputError
+from utils.errors import Unreachable
 from utils.memory import Portions, rows_of
 from utils.progress import progress_bar
 
 # samples of a batch, batches that consumers are refitted to, and batches that are judged by
 TOGETHER, FITTED, JUDGED = 32, 3, 3
+# samples after which a trial may end: it has then lost more than the best one
+ASIDE = 8
 
-Trial = Callable[[float, Sequence[Batch]], PrunableModel]
+Trial = Callable[[float], PrunableModel]
 
 
 @dataclass(frozen=True)
@@ -42,63 +45,88 @@ class Parts:
 
 
 def tried(
-    model: PrunableModel, data: DataBundle, parts: Parts, trials: Sequence[Trial], ratios: Iterable[float], title: str
-) -> list[tuple[float, float, int]]:
+    dense: Tensor, data: DataBundle, judged: Sequence[Batch], trials: Sequence[Trial], ratios: Iterable[float],
+    title: str,
+) -> list[tuple[float, float, int]]:  # fmt: skip
     """Mean divergence from the dense model's answers at each ratio that can be had, by the best of several ways.
 
+    A divergence is never negative, so that a way ends as soon as it has lost more than the best one in all. What was
+    lost most at one ratio comes first at the next, where that is then known sooner.
+
     Args:
-        model: The dense model.
+        dense: The dense model's `answers`, (N, *).
         data: Says what a divergence is.
-        parts: Calibration samples.
-        trials: Each makes a pruned model of a ratio; an InputError says that it can't be had.
+        judged: Calibration samples, N in all.
+        trials: Each makes a pruned model of a ratio; Unreachable says that it can't be had.
         ratios: Ascending.
         title: Label of the progress bar.
 
     Returns:
         The ratio, the divergence, and which of the ways it was.
     """
-    wanted, found, dense = list(ratios), [], answers(model, parts.judged)
+    wanted, found, ways, order = list(ratios), [], list(range(len(trials))), torch.arange(len(dense))
     with progress_bar(title, len(wanted) * len(trials)) as advance:
         for ratio in wanted:
-            tries = []
-            for number, trial in enumerate(trials):
+            tries: dict[int, Tensor] = {}
+            best = inf, 0
+            for way in ways:
                 try:
-                    pruned = trial(ratio, parts.fitted)
-                except InputError:
+                    pruned = trials[way](ratio)
+                except Unreachable:
                     continue
-                tries.append((divergence(dense, pruned, data, parts.judged), number))
+                tries[way] = losses(dense, pruned, data, judged, order, best[0])
+                best = min((float(lost.mean()), way) for way, lost in tries.items())
                 advance(f"{ratio:g}")
             if not tries:
                 break
-            found.append((ratio, *min(tries)))
+            found.append((ratio, *best))
+            # of all ways the last best one is likely to be so again
+            ways.sort(key=lambda way, first=best[1]: way != first)
+            order = tries[best[1]].argsort(descending=True, stable=True)
     return found
 
 
 @torch.inference_mode()
-def answers(model: PrunableModel, batches: Sequence[Batch]) -> list[Tensor]:
-    """What a model answers to each batch; models whose tokens merge answer with little, one row a sample."""
-    found, portions = [], Portions("answers")
+def answers(model: PrunableModel, batches: Sequence[Batch]) -> Tensor:
+    """What a model answers to all samples, (N, *); models whose tokens merge answer with little, one row a sample."""
+    portions = Portions("answers")
     with undisturbed(model.network):
-        for batch in batches:
+        return torch.cat([_answer(model, batch, portions) for batch in batches])
 
-            def part(rows: range, batch: Batch = batch) -> Tensor:
-                return model.logits(model.place(rows_of(batch, rows)))
 
-            found.append(torch.cat(list(portions.each(samples_in(batch), part))))
-    return found
+def _answer(model: PrunableModel, batch: Batch, portions: Portions) -> Tensor:
+    parts = portions.each(samples_in(batch), lambda rows: model.logits(model.place(rows_of(batch, rows))))
+    return torch.cat(list(parts))
 
 
 @torch.inference_mode()
-def divergence(wanted: Sequence[Tensor], pruned: PrunableModel, data: DataBundle, batches: Sequence[Batch]) -> float:
-    """How far a model's answers are from those wanted, the mean over samples.
+def losses(
+    wanted: Tensor, pruned: PrunableModel, data: DataBundle, batches: Sequence[Batch], order: Tensor | None = None,
+    most: float = inf,
+) -> Tensor:  # fmt: skip
+    """How far a model's answer to each sample is from the one wanted.
 
     Args:
-        wanted: The dense model's `answers`, batch by batch.
+        wanted: The dense model's `answers`, (N, *).
         pruned: The model.
         data: Says what a divergence is.
-        batches: Samples.
+        batches: Samples, N in all.
+        order: In which they are looked at, (N,); None for as they come.
+        most: Once their mean is sure to be more, the others are not looked at.
+
+    Returns:
+        (N,), float64, on the CPU; infinite for samples that were not looked at.
     """
-    total = 0.0
-    for given, right in zip(answers(pruned, batches), wanted, strict=True):
-        total += float(data.task.divergence(given, right, 1.0)) * len(right)
-    return total / max(sum(map(len, wanted)), 1)
+    order, portions = torch.arange(len(wanted)) if order is None else order, Portions("answers")
+    found = torch.full((len(wanted),), inf, dtype=torch.float64)
+    with undisturbed(pruned.network):
+        for rows, batch in zip(order.split(ASIDE), regrouped(batches, ASIDE, order), strict=True):
+            pairs = zip(_answer(pruned, batch, portions), wanted[rows.to(wanted.device)], strict=True)
+            found[rows] = torch.tensor(
+                [float(data.task.divergence(given[None], right[None], 1.0)) for given, right in pairs],
+                dtype=torch.float64,
+            )
+            # a little more, as equal ways may differ by rounding here
+            if float(found[found.isfinite()].sum()) > most * (1 + 1e-9) * len(wanted):
+                break
+    return found

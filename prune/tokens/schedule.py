@@ -8,7 +8,7 @@ from math import floor
 from models.merging import Reduction, mergeable
 from models.token_cost import TokenCosts
 from prune.budget import Budget
-from utils.errors import InputError
+from utils.errors import InputError, Unreachable
 
 Schedule = tuple[int, ...]
 GivenOut = tuple[Callable[[int], Schedule], int]
@@ -105,7 +105,7 @@ def from_ratio(
         front_only: Whether the last block asks for the protected tokens alone; it then merges none.
 
     Raises:
-        InputError: If no schedule removes that much; it names the largest ratio that can be had.
+        Unreachable: If no schedule removes that much; it names the largest ratio that can be had.
     """
     blocks, limit = len(costs.blocks) - front_only, Budget("macs", ratio).limit(total)
 
@@ -119,7 +119,7 @@ def from_ratio(
     low, high = 0, last
     if (least := at(high)[0]) > limit:
         largest = floor(10_000 * (1 - least / total)) / 10_000
-        raise InputError(
+        raise Unreachable(
             f"prune.ratio={ratio}: would leave {limit:,} of {total:,} macs of the model, but merging tokens down to "
             f"prune.min_tokens={min_tokens} leaves at least {least:,}; prune.ratio must be at most {largest:g}"
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prune.weights.products import quick_linears
 from prune.weights.statistics import Statistic, tokens_of
 from prune.weights.walk import Enough, MakeStatistic, Walk
 from utils.errors import RunError
@@ -142,6 +143,7 @@ def _hooks(walk: Walk, layer: int, stages: Stages) -> Iterator[None]:
         walk.blocks[i]: lambda *args, i=i, **kwargs: walk.answer(i, layer, runner().number) for i in range(layer)
     }
     network = walk.model.network
+    answers |= quick_linears(network, walk.blocks[layer])
     before = [(network.get_submodule(name), stop(name)) for name in stages]
     before += [(network.get_submodule(name), follow(name)) for stage in stages.values() for name in stage[1:]]
     with replaying(network, answers), hooked(before, [(network.get_submodule(walk.blocks[layer]), reached)]):

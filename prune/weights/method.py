@@ -17,7 +17,18 @@ from prune.optin.precision import Precision
 from prune.ranking import ranking_key
 from prune.rewriting import Applied
 from prune.sensitivity.allocation import content_of
-from prune.weights import abreast, allocation, allotting, masks, matrices, sequential, statistics, walk
+from prune.weights import (
+    abreast,
+    allocation,
+    allotting,
+    masks,
+    matrices,
+    products,
+    sequential,
+    statistics,
+    walk,
+    words,
+)
 from prune.weights.masks import UNSTRUCTURED, Pattern, Share, grouped_mask, pattern_mask, pattern_of, removed_in
 from prune.weights.matrices import Matrix, Solved, prunable_matrices
 from prune.weights.sequential import block_files, rewritten, written
@@ -30,7 +41,7 @@ Allocation = Literal["uniform", "global", "owl", "alpha", "sensitivity"] | Exist
 Schedule = Literal["block_sequential", "true_sequential", "one_forward", "dense"]
 Competing = Literal["tensor", "row", "column", "global"]
 # here, since the class has a field of the name of the first
-CODE = (abreast, allocation, allotting, masks, matrices, sequential, statistics, walk)
+CODE = (abreast, allocation, allotting, masks, matrices, products, sequential, statistics, walk, words)
 ONLY_COMPRESSION = (
     "Weight sparsity is compression only: zeros take as much time and memory as other weights "
     "wherever no sparse kernel is used, and none is used here."

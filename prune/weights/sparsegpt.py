@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune.weights import cholesky
+from prune.weights.cholesky import inverse_factored
 from prune.weights.masks import Pattern, Share, lowest, lowest_few, refuse_non_finite, removed_count
 from prune.weights.matrices import Solved
-from prune.weights.method import WeightSparsity
+from prune.weights.method import CODE, WeightSparsity
+from prune.weights.products import product
 from prune.weights.statistics import Gram, Statistic
 from prune.weights.wanda import wanda
 from utils.errors import InputError, RunError
@@ -24,8 +27,6 @@ from utils.rules import Count, NonNegative
 # columns whose errors are brought in one by one; further ones get them by one product
 STEP = 16
 LARGEST_DAMPING = 10.0
-# triangular matrices up to here are inverted at once
-SMALL = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class SparseGPT(WeightSparsity):
     block_size: Count = 128
 
     own_group = None
+    ranking_code = (*CODE, cholesky)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,10 +126,12 @@ def inverse_factor(gram: Tensor, damping: float) -> Factor:
     if not all(map(isfinite, map(float, gram.aminmax()))):
         raise RunError("the Gram matrix of an input is not finite; activations must be finite")
     dead = gram.diagonal() == 0
-    h = gram + torch.diag(dead.float())
-    mean, used = h.diagonal().mean(), damping
+    diagonal = gram.diagonal() + dead.float()
+    mean, used = diagonal.mean(), damping
     while True:
-        upper = _upper(h + torch.eye(len(h), device=h.device) * (used * mean))
+        damped = gram.clone()
+        damped.diagonal().copy_(diagonal + used * mean)
+        upper = inverse_factored(damped)
         if upper is not None:
             return Factor(upper, dead, used)
         following = 10 * used if used else 0.01
@@ -137,31 +141,6 @@ def inverse_factor(gram: Tensor, damping: float) -> Factor:
                 f"{used:g} either; use more calibration tokens"
             )
         used = following
-
-
-def _upper(h: Tensor) -> Tensor | None:
-    """U of `H^-1 = U^T U`, or None if H is not positive definite.
-
-    With rows and columns reversed `H = L L^T` reads `H = R R^T` with an upper R, so that U is
-    the inverse of R: one factorisation, and H is never inverted itself.
-    """
-    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
-    if int(failed):
-        return None
-    upper = _inverse(lower.flip(0, 1))
-    return upper if all(map(isfinite, map(float, upper.aminmax()))) else None
-
-
-def _inverse(upper: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix, by halves: nearly all of it is matrix products."""
-    if len(upper) <= SMALL:
-        return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
-    half = len(upper) // 2
-    first, last = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
-    found = torch.zeros_like(upper)
-    found[:half, :half], found[half:, half:] = first, last
-    found[:half, half:] = first @ -upper[:half, half:] @ last
-    return found
 
 
 def sparsegpt(
@@ -193,7 +172,7 @@ def sparsegpt(
             out.copy_(_lowest_of_block(saliency, rows, shares, start, stop))
         errors = _sweep(block, out, upper, pattern)
         loss += errors.square().sum(dim=0) / 2
-        left[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)
+        left[stop:] -= product(factor.upper[start:stop, stop:].T, errors)
     parts = (part.split(rows, dim=-1) for part in (left, removed, loss))
     return [Solution(w.T.contiguous(), r.T.contiguous(), e) for w, r, e in zip(*parts, strict=True)]
 

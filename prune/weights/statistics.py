@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.base import Batch
 from prune.optin.precision import computed_in, in_float32
+from prune.weights.products import linear
 from utils.distributed import summed
 
 # columns of a Gram matrix that are computed together
@@ -122,9 +123,10 @@ class Gram:
         assert self._sums is not None
         x = inputs.float()
         with computed_in("float32", x.device), in_float32(x.device):
-            for start in range(0, x.shape[1], STRIPE):  # the upper triangle alone: the lower one is its mirror
+            features = x.T.contiguous()  # (I, N)
+            for start in range(0, len(features), STRIPE):  # the upper triangle alone: the lower one is its mirror
                 stop = start + STRIPE
-                self._sums[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+                self._sums[start:stop, start:] += linear(features[start:stop], features[start:])
 
 
 def tokens_of(inputs: Tensor, batch: Batch) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.base import Batch, PrunableModel
 from models.visiting import move_all_but_blocks, visit
 from prune.optin.precision import Precision, computed_in
+from prune.weights.products import quick_linears
 from prune.weights.statistics import SquaredNorms, Statistic, tokens_of
 from utils.errors import InputError, RunError
 from utils.hooks import hooked, replaying
@@ -79,11 +80,10 @@ class Walk:
         """
         watch = _Watch(make, first_stage, stop=not go_on)
         linears = [(self.model.network.get_submodule(name), watch.hook(name)) for name in names]
-        for number in range(len(self.batches)):
-            batch = self.placed(number)
-            watch.start(self.batches[number])
-            with hooked(before=linears):
-                self._pass(layer, number, batch, keep=go_on)
+        with hooked(before=linears), self._up_to(layer, keep=go_on) as send:
+            for number in range(len(self.batches)):
+                watch.start(self.batches[number])
+                send(number)
         if go_on:
             self.note_shapes()
         return watch.found(() if first_stage else names)
@@ -91,8 +91,9 @@ class Walk:
     @torch.no_grad()
     def advance(self, layer: int) -> None:
         """Finish a block with its weights as they are: every batch's output replaces that of the block before."""
-        for number in range(len(self.batches)):
-            self._pass(layer, number, self.placed(number), keep=True)
+        with self._up_to(layer, keep=True) as send:
+            for number in range(len(self.batches)):
+                send(number)
         self.note_shapes()
 
     @torch.no_grad()
@@ -110,10 +111,10 @@ class Walk:
     def _shared(self, layer: int, names: Sequence[str]) -> list[tuple[str, ...]]:
         """The same from a pass of the first batch; names are relative to the block."""
         watch = _Watch(SquaredNorms, first_stage=False, stop=False)
-        batch = self.placed(0)
         watch.start(self.batches[0])
-        with hooked(before=[(self.model.network.get_submodule(name), watch.hook(name)) for name in names]):
-            self._pass(layer, 0, batch, keep=False)
+        linears = [(self.model.network.get_submodule(name), watch.hook(name)) for name in names]
+        with hooked(before=linears), self._up_to(layer, keep=False) as send:
+            send(0)
         block = self.blocks[layer]
         return [tuple(name.removeprefix(block) for name in stage) for stage, _ in watch.found(names)]
 
@@ -134,22 +135,31 @@ class Walk:
         with computed_in("float32" if keep else self.precision, self.device):
             self.model.logits(batch)
 
-    def _pass(self, layer: int, number: int, batch: Batch, keep: bool) -> None:
-        """Run one batch through one block; an output that is kept is found in `outputs`."""
-        network = self.model.network
-        answers = {self.blocks[i]: _always(self.answer(i, layer, number)) for i in range(layer)}
+    @contextmanager
+    def _up_to(self, layer: int, keep: bool) -> Iterator[Callable[[int], None]]:
+        """Sends batches through one block, by their numbers; an output that is kept is found in `outputs`."""
+        network, current = self.model.network, 0
 
         def reached(module: nn.Module, args: Any, output: Any) -> None:
             if keep:
-                self.outputs[number] = output
+                self.outputs[current] = output
             raise Enough
 
-        with replaying(network, answers), hooked(after=[(network.get_submodule(self.blocks[layer]), reached)]):
+        def answering(block: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self.answer(block, layer, current)
+
+        def send(number: int) -> None:
+            nonlocal current
+            current = number
             try:
-                self.forward(batch, keep)
+                self.forward(self.placed(number), keep)
             except Enough:
                 return
-        raise InputError(f"model={self.model.name}: its forward does not call block {self.blocks[layer]}")
+            raise InputError(f"model={self.model.name}: its forward does not call block {self.blocks[layer]}")
+
+        answers = {self.blocks[i]: answering(i) for i in range(layer)} | quick_linears(network, self.blocks[layer])
+        with replaying(network, answers), hooked(after=[(network.get_submodule(self.blocks[layer]), reached)]):
+            yield send
 
 
 class _Watch:
@@ -198,10 +208,6 @@ class _Watch:
             raise InputError(f"{silent[0]} is never called in a forward pass; leave it out by prune.skip")
         groups = {owner: tuple(n for n, leader in self.leader.items() if leader == owner) for owner in self.sums}
         return [(group, self.sums[owner]) for owner, group in groups.items()]
-
-
-def _always(answer: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: answer
 
 
 def _blank(output: Any) -> Any:
