@@ -17,7 +17,7 @@ def deferred(overrides: Sequence[str], config_name: str, loader: ConfigLoader) -
     """What to say instead of settings that the sweep's own configuration has no place for.
 
     Args:
-        overrides: As typed, without mistakes.
+        overrides: As typed, without mistakes; `hydra.searchpath` among them says where options lie.
         config_name: Of the configuration that they change.
         loader: Knows groups and their options.
 
@@ -25,12 +25,11 @@ def deferred(overrides: Sequence[str], config_name: str, loader: ConfigLoader) -
         The same as a sweep of one value, by what was typed; empty where all have their place.
     """
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
-    groups = [override for override in parsed if loader.get_group_options(override.key_or_group)]
-    if not any(override.is_sweep_override() for override in groups):
+    chosen = [o for o in parsed if o.is_hydra_override() or loader.get_group_options(o.key_or_group)]
+    if not any(override.is_sweep_override() for override in chosen):
         return {}
-    chosen = [override.input_line or "" for override in groups]
-    own = loader.load_configuration(config_name, chosen, RunMode.MULTIRUN)
-    settings = (override for override in parsed if override not in groups and _can_wait(override))
+    own = loader.load_configuration(config_name, [o.input_line or "" for o in chosen], RunMode.MULTIRUN)
+    settings = (override for override in parsed if override not in chosen and _can_wait(override))
     return {
         override.input_line: _waiting(override, override.input_line)
         for override in settings
@@ -46,8 +45,8 @@ def _waiting(override: Override, typed: str) -> str:
 
 
 def _can_wait(override: Override) -> bool:
-    """Whether a setting changes one key to one value, in a job's configuration and not Hydra's."""
-    plain = not (override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override())
+    """Whether a setting changes one key to one value."""
+    plain = not (override.is_add() or override.is_force_add() or override.is_delete())
     return plain and not override.is_sweep_override() and (override.input_line or "").partition("=")[2].strip() != ""
 
 

@@ -88,7 +88,7 @@ def prepared(line: CommandLine, resume: Path | None) -> Sweep | None:
             return None
         hydra = hydra_node(line, overrides)
         assert hydra is not None
-        needed, waiting = engine_environment(hydra), _deferred(line, hydra)
+        needed, waiting = engine_environment(hydra), _deferred(line, overrides, hydra)
         folder = _place(hydra, "sweep.dir") if resume is None else resume.absolute()
         place = f"hydra.sweep.dir={written('hydra.sweep.dir', str(folder))}"
         _refuse_unwritable("hydra.sweep.dir" if resume is None else "resume", folder)
@@ -120,9 +120,9 @@ def _refuse_unwritable(key: str, folder: Path) -> None:
         raise InputError(f"{key}={folder}: cannot be written ({why}); must be a folder that can")
 
 
-def _deferred(line: CommandLine, hydra: DictConfig) -> dict[str, str]:
+def _deferred(line: CommandLine, overrides: Sequence[str], hydra: DictConfig) -> dict[str, str]:
     own = [f"{key}={value}" for key, value in _params(hydra).items()]
-    return deferred([*own, *_task_overrides(line.overrides)], line.config_name, GlobalHydra.instance().config_loader())
+    return deferred([*own, *overrides], line.config_name, GlobalHydra.instance().config_loader())
 
 
 def _params(hydra: DictConfig) -> dict[str, str]:
