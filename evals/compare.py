@@ -50,8 +50,8 @@ def compare(folders: Sequence[Path], out: Path, other_calibration: bool = False)
     out.mkdir(parents=True, exist_ok=True)
     notes = [f"{name} {result['status']}: {result.get('error')}" for name, result in runs.items() if not _ok(result)]
     title = f"Comparison of {len(runs)} runs"
-    write_atomically(out / "report.html", page(title, runs, notes).encode())
-    write_atomically(out / "report.md", _markdown(title, runs, notes).encode())
+    write_atomically(out / "report.html", page(title, runs, notes).encode(), synced=False)
+    write_atomically(out / "report.md", _markdown(title, runs, notes).encode(), synced=False)
     return runs
 
 

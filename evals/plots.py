@@ -259,4 +259,4 @@ def learning_curve(history: Sequence[Mapping[str, float]], title: str) -> Figure
 
 def save_figure(figure: Figure | bytes, path: Path) -> None:
     """Write a figure, or one that is drawn already, as PNG, completely or not at all."""
-    write_atomically(path, figure if isinstance(figure, bytes) else png(figure))
+    write_atomically(path, figure if isinstance(figure, bytes) else png(figure), synced=False)

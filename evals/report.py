@@ -158,9 +158,10 @@ class Record:
             write_atomically(out / name, content)
         result = covered(finite(self.to_json()))
         write_atomically(out / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
-        write_atomically(out / "report.md", redacted(self.to_markdown()).encode())
+        write_atomically(out / "report.md", redacted(self.to_markdown()).encode(), synced=False)
         pictures = {picture: (out / picture).read_bytes() for picture in self.pictures}
-        write_atomically(out / "report.html", page(self.name, {self.name: result}, pictures=pictures).encode())
+        shown = page(self.name, {self.name: result}, pictures=pictures)
+        write_atomically(out / "report.html", shown.encode(), synced=False)
         if self.tracker is not None:
             self.tracker.log(result, out)
 

@@ -128,10 +128,11 @@ def _rebuild(sweep: Path) -> list[Row]:
     rows = [_row(job, result, columns) for job, result in zip(jobs, found, strict=True)]
     if not rows:
         return rows
-    write_atomically(sweep / "results.csv", _csv(rows).encode())
+    write_atomically(sweep / "results.csv", _csv(rows).encode(), synced=False)
     drawn = _draw_pareto(rows, sweep / "pareto.png")
     draw_trainings(sweep, rows, _varied(rows))
-    write_atomically(sweep / "report.md", (_markdown(rows, drawn, _legend(columns)) + appendix(jobs)).encode())
+    text = _markdown(rows, drawn, _legend(columns)) + appendix(jobs)
+    write_atomically(sweep / "report.md", text.encode(), synced=False)
     return rows
 
 
@@ -143,7 +144,8 @@ def write_page(sweep: Path) -> None:
     if jobs:
         found = {job: _read(job) for job in jobs}
         overrides = {job.name: _overrides(job) for job in jobs}
-        write_atomically(sweep / "report.html", sweep_page({j.name: f for j, f in found.items()}, overrides).encode())
+        shown = sweep_page({job.name: said for job, said in found.items()}, overrides)
+        write_atomically(sweep / "report.html", shown.encode(), synced=False)
 
 
 def _read(job: Path) -> dict[str, Any] | str:

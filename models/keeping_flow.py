@@ -284,7 +284,8 @@ class KeepingFlow:
 
     def _refuse_unsound(self, scores: Tensor, eligible: Tensor) -> None:
         self._unsound.append((self._layer, ((~torch.isfinite(scores)) & eligible).sum()))
-        if scores.device.type == "cpu":  # a GPU would be waited for; there `check` asks
+        # a GPU would be waited for, and compiled code would end here; there `check` asks
+        if scores.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check()
 
     def _without(self, x: Tensor, keep: Tensor, scores: Tensor, step: int) -> Tensor:

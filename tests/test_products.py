@@ -52,6 +52,12 @@ def test_a_product_gives_what_torch_gives_however_its_factors_lie() -> None:
             torch.testing.assert_close(product(left, right).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_build_without_onednn_computes_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_has_onednn", lambda: False)
+    x, weight = noise(4, 6), noise(3, 6, seed=1)
+    assert linear(x, weight).equal(functional.linear(x, weight)) and product(x, weight.T).equal(x @ weight.T)
+
+
 def test_what_else_is_asked_for_is_left_to_torch() -> None:
     x, weight = noise(4, 6), noise(3, 6, seed=1)
     half = linear(x.bfloat16(), weight.bfloat16())

@@ -37,10 +37,16 @@ def why_not_writable(folder: Path) -> str | None:
     return None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, synced: bool = True) -> None:
     """Write a file completely or not at all; machines that share the folder never use one temporary name.
 
     What killed processes of this machine left of the same file is removed.
+
+    Args:
+        path: The file.
+        content: All of it.
+        synced: Wait until the disk has it, so that a power failure can't take it. Pictures and tables, which are made
+            of a run's other files and can be again, need not wait.
 
     Raises:
         OSError: With the file's name, if it can't be written.
@@ -53,7 +59,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             with os.fdopen(descriptor, "wb") as file:
                 _write(file, content, path.name)
                 file.flush()
-                os.fsync(file.fileno())
+                if synced:
+                    os.fsync(file.fileno())
             os.chmod(partial, 0o644)
             os.replace(partial, path)
         except BaseException:

@@ -6,7 +6,6 @@ Shapes: B samples, T tokens, K points at most.
 """
 
 from fractions import Fraction
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -14,13 +13,19 @@ from torch import Tensor
 
 def share_of(keep: float, count: int) -> int:
     """`ceil(keep * count)`, exactly: 0.7 is seven tenths, not the nearest double."""
-    return ceil(Fraction(str(keep)) * count)
+    above, below = _as_typed(keep)
+    return -(-count * above // below)  # in whole numbers: torch's compiler knows the count as a symbol
 
 
 def shares_of(keep: float, counts: Tensor) -> Tensor:
     """The same for many counts, int64."""
-    part = Fraction(str(keep))
-    return -(-counts * part.numerator // part.denominator)
+    above, below = _as_typed(keep)
+    return -(-counts * above // below)
+
+
+@torch.compiler.assume_constant_result
+def _as_typed(keep: float) -> tuple[int, int]:
+    return Fraction(str(keep)).as_integer_ratio()
 
 
 def ranks(scores: Tensor, eligible: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Shapes: N rows, I inputs, O outputs.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -69,5 +70,11 @@ def _suits(*tensors: Tensor) -> bool:
         )
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and torch.backends.mkldnn.is_available()
+        and _has_onednn()
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _has_onednn() -> bool:
+    """Whether this build of torch has oneDNN, and the operation by which its compiler calls it."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
