@@ -136,6 +136,14 @@ def test_a_token_is_shown_to_a_cluster_that_is_joined(tmp_path: Path, monkeypatc
     assert engine_environment(OmegaConf.create({"launcher": {"n_jobs": 2}}), {}) == {}
 
 
+def test_only_a_sweep_without_workers_leaves_at_once(installed) -> None:
+    from utils.cli import parse_command_line
+
+    for launcher, in_process in (("basic", True), ("joblib", False), ("submitit_local", False), ("ray", False)):
+        line = parse_command_line(["-m", f"hydra/launcher={launcher}"], CONFIGS)
+        assert line and (sweep := prepared(line, None)) and sweep.in_process == in_process, launcher
+
+
 def test_a_sweep_knows_its_folder_before_it_starts(tmp_path: Path, monkeypatch) -> None:
     from utils.cli import parse_command_line
 

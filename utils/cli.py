@@ -91,8 +91,10 @@ def launch(main: Callable[[], None], config_dir: Path, expand: Callable[[Sequenc
         sys.argv[1:] = sweep.told(sys.argv[1:])
         reach_workers(config_dir.parent)
         os.environ |= sweep.environment
-        # a launcher's idle workers must be told in Python's own order
-        sys.exit(swept(main, sweep))
+        code = swept(main, sweep)
+        if sweep.in_process:
+            leave(code)
+        sys.exit(code)  # a launcher's idle workers must be told in Python's own order
 
 
 def swept(main: Callable[[], None], sweep: Sweep) -> int:
@@ -158,7 +160,7 @@ def refuse(lines: Sequence[str], asked: Sequence[int] = ()) -> NoReturn:
     sys.exit(WRONG_INPUT)
 
 
-def leave() -> NoReturn:
+def leave(code: int = DONE) -> NoReturn:
     """End a process that did its work; Python would first take torch apart, for a second.
 
     Exit handlers run, and what was printed is flushed.
@@ -166,7 +168,7 @@ def leave() -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(DONE)
+    os._exit(code)
 
 
 def parse_command_line(arguments: list[str], config_dir: Path) -> CommandLine | None:

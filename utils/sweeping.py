@@ -19,6 +19,7 @@ from utils.from_python import written
 from utils.jobs import differences, jobs_of, missing, typed_for
 
 RESUME = "resume="
+IN_PROCESS = "hydra._internal.core_plugins.basic_launcher."
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Sweep:
         left: How many jobs are to be done; None where only the sweeper knows.
         environment: Variables that its launcher needs.
         deferred: What Hydra is told instead of settings that wait for their jobs, by what was typed.
+        in_process: Whether jobs run one after the other in this process.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class Sweep:
     left: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
     deferred: Mapping[str, str] = field(default_factory=dict)
+    in_process: bool = False
 
     def told(self, arguments: Sequence[str]) -> list[str]:
         """The command line as Hydra is to read it."""
@@ -88,18 +91,20 @@ def prepared(line: CommandLine, resume: Path | None) -> Sweep | None:
             return None
         hydra = hydra_node(line, overrides)
         assert hydra is not None
-        needed, waiting = engine_environment(hydra), _deferred(line, overrides, hydra)
         folder = _place(hydra, "sweep.dir") if resume is None else resume.absolute()
         place = f"hydra.sweep.dir={written('hydra.sweep.dir', str(folder))}"
         _refuse_unwritable("hydra.sweep.dir" if resume is None else "resume", folder)
+        sweep = Sweep(
+            folder, [place], environment=engine_environment(hydra), deferred=_deferred(line, overrides, hydra),
+            in_process=str(hydra.launcher._target_).startswith(IN_PROCESS),
+        )  # fmt: skip
         if resume is None:
-            return Sweep(folder, [place], environment=needed, deferred=waiting)
-        told = replace(line, overrides=[waiting.get(override, override) for override in line.overrides])
+            return sweep
+        told = replace(line, overrides=[sweep.deferred.get(override, override) for override in line.overrides])
         if searches(hydra):
             _refuse_another_search(told.overrides, resume)
-            return Sweep(folder, [place], environment=needed, deferred=waiting)
-        left = _count_missing(told, hydra, resume)
-        return Sweep(folder, [place, "hydra/sweeper=resume"], left, needed, waiting)
+            return sweep
+        return replace(sweep, overrides=[place, "hydra/sweeper=resume"], left=_count_missing(told, hydra, resume))
 
 
 def _place(hydra: DictConfig, key: str) -> Path:
