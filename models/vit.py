@@ -13,7 +13,7 @@ import models.keeping_flow
 import models.merging
 import models.merging_flow
 import models.vit_merging
-from models.base import Attribute, Batch, Consumer, PrunableModel, Recipe, UnitGroup, rows, unit_index
+from models.base import Attribute, Batch, Consumer, Emptied, PrunableModel, Recipe, UnitGroup, rows, unit_index
 from models.depth import keep_listed
 from models.keeping import Keeping
 from models.merging import Reduction
@@ -126,6 +126,7 @@ class ViT(PrunableModel):
             producers=(*rows(self.network, f"{name}.qkv", unit_index(count, width, 0, span, 2 * span)), *gate),
             consumer=Consumer(f"{name}.proj", -1, index),
             after_cut=(Attribute(name, "num_heads"), Attribute(name, "attn_dim", per_unit=width)),
+            emptied=Emptied(name, unfused),
             pairwise_features=2 * width,
             keys_from=f"{name}.qkv" if in_front else None,
             key_weights=2 * width * self.network.embed_dim,
@@ -152,6 +153,12 @@ class ViT(PrunableModel):
             producers=producers,
             consumer=Consumer(f"{name}.fc2", -1, index),
         )
+
+
+def unfused(attention: Any) -> nn.Module:
+    """The same attention by plain products: torch 2.11 divides by the number of heads in its fused one."""
+    attention.fused_attn = False
+    return attention
 
 
 def refuse_uncovered(network: nn.Module, name: str) -> None:

@@ -158,8 +158,13 @@ class Structural(ABC):
         return select_units(allotted(curves_of_units(self.allocation, costs), units), costs, self._budget)
 
     def _with_teacher(self, plan: Plan, combined: Mapping[str, Tensor], costs: CostModel) -> Plan:
-        """The plan with the units that the same search keeps at the root of what is left, if gates are to be tuned."""
-        if "gates" not in self.repair:
+        """The plan with the units that the same search keeps at the root of what is left, if gates are tuned to those.
+
+        Behind a refit they are tuned to the dense model: a refitted one is nearer to it than one that is cut halfway
+        and left like that.
+        """
+        steps = list(self.repair)
+        if "gates" not in steps or "refit" in steps[: steps.index("gates")]:
             return plan
         # 1 - ratio is left of the whole: half the way there by steps of equal factor
         halfway = replace(self, ratio=round(1 - (1 - self.ratio) ** 0.5, 9))._kept(combined, costs)

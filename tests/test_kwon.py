@@ -290,6 +290,19 @@ def test_gates_are_tuned_to_the_model_halfway(tmp_path: Path) -> None:
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0]), "another teacher, other gates"
 
 
+@pytest.mark.parametrize(
+    ("steps", "halfway"),
+    [(["gates"], True), (["bias", "gates"], True), (["gates", "refit"], True), (["refit", "gates"], False)],
+)
+def test_behind_a_refit_gates_are_tuned_to_the_dense_model(steps: list[str], halfway: bool, tmp_path: Path) -> None:
+    model, samples = ADAPTERS["deit"]()
+    data, costs = bundle_of(samples), cost_model(model, bundle_of(samples).example)
+    method = Kwon(ratio=0.36, repair=steps)
+    plan = method.plan(model, ranked(method, model, data, Store(tmp_path)).scores, costs)
+    assert (TEACHER in plan.details) == halfway
+
+
+
 @pytest.mark.parametrize("steps", [{}, {"rearrange": False}, {"repair": ()}, {"rearrange": False, "repair": ()}])
 def test_each_step_can_be_left_out(steps: dict, tmp_path: Path) -> None:
     model, samples = ADAPTERS["bert"]()
