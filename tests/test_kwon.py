@@ -297,10 +297,9 @@ def test_gates_are_tuned_to_the_model_halfway(tmp_path: Path) -> None:
 def test_behind_a_refit_gates_are_tuned_to_the_dense_model(steps: list[str], halfway: bool, tmp_path: Path) -> None:
     model, samples = ADAPTERS["deit"]()
     data, costs = bundle_of(samples), cost_model(model, bundle_of(samples).example)
-    method = Kwon(ratio=0.36, repair=steps)
+    method = Kwon(ratio=0.36, repair=steps)  # type: ignore[arg-type]
     plan = method.plan(model, ranked(method, model, data, Store(tmp_path)).scores, costs)
     assert (TEACHER in plan.details) == halfway
-
 
 
 @pytest.mark.parametrize("steps", [{}, {"rearrange": False}, {"repair": ()}, {"rearrange": False, "repair": ()}])
