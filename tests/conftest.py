@@ -87,7 +87,7 @@ def forked(runs: Runner) -> Command:
 
 @pytest.fixture(scope="session")
 def kept_configs() -> dict[tuple[Any, ...], Any]:
-    """What was read of the shipped configurations: each entry is read once a session."""
+    """What was read of the shipped configurations: each entry is read once."""
     return {}
 
 
