@@ -285,18 +285,19 @@ def test_gates_are_tuned_to_the_model_halfway_also_where_tokens_merge() -> None:
     costs, scores = cost_model(model, data.example), Obs().rank(model, data)
     curve = [[0.1, 0.01, 2], [0.7, 1.0, 2]]
     found = Scores(scores.terms, {"units": curve, "tokens": curve})
-    plan = Pare(ratio=0.5, repair=("refit", "gates")).plan(model, found, costs)
+    plan = Pare(ratio=0.5, repair=("gates", "refit")).plan(model, found, costs)
     assert plan.tokens is not None and not plan.keeps_all_units
     share = plan.details["ratio_of_units"]
     alone = Obs(ratio=share, repair=("gates",)).plan(model, scores, costs)
     assert plan.details[TEACHER] == alone.details[TEACHER]
     assert plan.details[TEACHER] != {name: units.tolist() for name, units in plan.kept.items()}
+    assert TEACHER not in Pare(ratio=0.5, repair=("refit", "gates")).plan(model, found, costs).details
 
 
 def test_a_plan_that_keeps_all_units_has_no_teacher_left_in_it(tmp_path: Path) -> None:
     model, data = small()
     costs, scores = cost_model(model, data.example), Obs().rank(model, data)
-    method = Pare(ratio=0.0, repair=("refit", "gates"))
+    method = Pare(ratio=0.0, repair=("gates", "refit"))
     done = applied(method, model, method.plan(model, scores, costs), data, Store(tmp_path))
     assert done.plan.keeps_all_units and TEACHER not in done.plan.details
 
