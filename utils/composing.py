@@ -116,7 +116,7 @@ class ComposedOnce:
                 self.shared[rest] = pickle.dumps(found, pickle.HIGHEST_PROTOCOL)
             cfg: DictConfig = pickle.loads(self.shared[rest])
             ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
-        except Exception:
+        except Exception:  # Hydra's own way comes next, and says what is wrong
             return None
         _note_job(cfg, own)
         OmegaConf.copy_cache(from_config=master, to_config=cfg)
