@@ -41,7 +41,7 @@ class SweepReport(Callback):
     """Keeps a sweep's files current; Hydra calls it in whichever process ran the job."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Let Hydra launch the configurations that it composes to validate a sweep."""
+        """Let the jobs share what is read and composed for them."""
         loader = GlobalHydra.instance().config_loader()
         read_once(loader)
         loader.load_sweep_config = ComposedOnce(loader)

@@ -76,24 +76,18 @@ def read_once(loader: ConfigLoader) -> None:
 
 
 class ComposedOnce:
-    """Stands in for a loader's `load_sweep_config`: what was composed for the first asking answers the second.
+    """Stands in for a loader's `load_sweep_config`: jobs that choose the same options share what these give.
 
-    Hydra's own sweeper composes each job to validate it, and its launchers compose it again. Jobs that choose the same
-    options share what these give; only single values are set job by job.
+    Only single values are set job by job. Nothing of a single job is kept, of which a sweep may have thousands.
     """
 
     def __init__(self, loader: ConfigLoader) -> None:
         self.loader = loader
-        self.composed: dict[tuple[str, ...], DictConfig] = {}
         self.shared: dict[tuple[str, ...], bytes] = {}
 
     def __call__(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """Give a job's configuration out, at most two times the same one."""
-        job = tuple(sweep_overrides)
-        if job in self.composed:
-            return self.composed.pop(job)
-        self.composed[job] = self._shared(master_config, sweep_overrides) or self._whole(master_config, sweep_overrides)
-        return self.composed[job]
+        """Compose a job's configuration."""
+        return self._shared(master_config, sweep_overrides) or self._whole(master_config, sweep_overrides)
 
     def _whole(self, master: DictConfig, overrides: list[str]) -> DictConfig:
         """As Hydra does it, which also says best what is wrong."""
@@ -124,7 +118,7 @@ class ComposedOnce:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the configurations: a launcher that sends jobs elsewhere sends the loader with each."""
-        return {"loader": self.loader, "composed": {}, "shared": {}}
+        return {"loader": self.loader, "shared": {}}
 
 
 def _note_job(cfg: DictConfig, own: Sequence[Override]) -> None:

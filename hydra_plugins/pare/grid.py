@@ -13,7 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from utils.files import REFUSALS
-from utils.jobs import SWEEP_FILE, jobs_of
+from utils.jobs import SWEEP_FILE, Job, jobs_of
 
 RUN_FAILED = 1
 
@@ -36,13 +36,17 @@ class Grid(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launch every job; the sweep's file says what was asked for."""
-        assert self.config is not None and self.launcher is not None and self.hydra_context is not None
+        assert self.config is not None and self.launcher is not None
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / SWEEP_FILE)
+        return launch_all(self.launcher, self.asked(arguments), self.max_batch_size, folder)
+
+    def asked(self, arguments: list[str]) -> list[Job]:
+        """The jobs of a command line and of the sweeper's own settings."""
+        assert self.hydra_context is not None
         params = {str(key): str(value) for key, value in (self.params or {}).items()}
-        jobs = jobs_of(arguments, params, self.hydra_context.config_loader)
-        return launch_all(self.launcher, jobs, self.max_batch_size, folder)
+        return jobs_of(arguments, params, self.hydra_context.config_loader)
 
 
 def launch_all(launcher: Launcher, jobs: Sequence[Sequence[str]], size: int | None, folder: Path) -> list[JobReturn]:

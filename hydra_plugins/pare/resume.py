@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_plugins.pare.grid import Grid, launch_all
-from utils.jobs import Numbered, jobs_of, missing
+from utils.jobs import Numbered, missing
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +21,7 @@ class Missing(Grid):
     def sweep(self, arguments: list[str]) -> Any:
         """Launch the missing jobs."""
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
-        loader = self.hydra_context.config_loader
-        params = {str(key): str(value) for key, value in (self.params or {}).items()}
-        asked = jobs_of(arguments, params, loader)
-        folder = Path(self.config.hydra.sweep.dir)
-        todo = missing(asked, folder, loader)
+        asked, folder = self.asked(arguments), Path(self.config.hydra.sweep.dir)
+        todo = missing(asked, folder, self.hydra_context.config_loader)
         log.info("%d of %d jobs are done; the rest follows", len(asked) - len(todo), len(asked))
         return launch_all(self.launcher, [in_its_folder(job) for job in todo], self.max_batch_size, folder)
